@@ -40,11 +40,14 @@ real: $(SMOLLM2) ## the recipe on SmolLM2-135M and real word problems, in hours:
 
 vllm: $(INSTALLED) $(INSTALLED_VLLM) ## make .venv-vllm: vLLM's CPU build, for engine.sampler=vllm
 
+# Three workers, as each imports torch; one file at a time in each, the long ones first (tests/conftest.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+
 test: $(INSTALLED_DEV) lint ## linters, type checker, import contracts and tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 --dist loadfile $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-all: $(INSTALLED_DEV) lint ## the same with the tests that take minutes each
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 --dist loadfile -m 'not vllm' $(ARGS)
+	@$(PYTEST) -m 'not vllm' $(ARGS)
 
 faults: $(INSTALLED_DEV) ## kills, full disks, flipped bits and the like, made on purpose: a table of what held (two hours)
 	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" OMP_NUM_THREADS=1 $(BIN)/python -m faults $(ARGS)

@@ -20,7 +20,7 @@ from r1pipe.runs import checkpoints
 from r1pipe.runs.lineage.fit import template_of
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.finish import measure
-from r1pipe.train.general_answers import judge_answers
+from r1pipe.train.general_answers import check_answers, judge_answers
 from r1pipe.train.loading import load_weights
 from r1pipe.train.run import open_run
 
@@ -32,7 +32,15 @@ def main(folder: str) -> None:
             raise CheckpointError("this stage evaluates a checkpoint; name one with parent=CHECKPOINT")
         ranks = Ranks(run.config.engine)
         chat = run.load_chat()
+        task, tasks = task_of(run.config.benchmark), None
+        if task:
+            # here, as lm-evaluation-harness need not be installed
+            from r1pipe.lm_eval.measuring import find_task, measure_task
+
+            tasks = find_task(run, task) if run.rank == 0 else None
         run.load_data()
+        if run.stage.judge:
+            check_answers(run)
         weights = load_weights(run, parent, ranks)
         checkpoint = run.folder.checkpoint(0)
         if run.rank == 0:
@@ -43,11 +51,8 @@ def main(folder: str) -> None:
                 chat.save(source, begun)
             checkpoints.finish(checkpoint, run.launch.saving())
         with run.phase("evaluating"):
-            if task := task_of(run.config.benchmark):
-                # here, as lm-evaluation-harness need not be installed
-                from r1pipe.lm_eval.measuring import measure_task
-
-                evaluation, data_hash = measure_task(run, ranks, weights, task)
+            if task:
+                evaluation, data_hash = measure_task(run, ranks, weights, task, tasks)
             else:
                 evaluation, data_hash = measure(run, ranks, weights, 0, run.stage.eval), None
         if run.stage.judge:

@@ -34,7 +34,7 @@ def main(folder: str) -> None:
     logging.disable(logging.ERROR)  # error.txt has it
     with open_run(folder, EvaluateConfig) as run, shown() as progress:
         settings = build(Measurement, read_object(run.folder.path / "measurement.json"))
-        source, ranks = run.load_data(), Ranks(run.config.engine)
+        source, ranks = run.load_data(evaluates=False), Ranks(run.config.engine)
         judge = open_unmeasured(run, ranks)
         examples = held_out(source, judge, settings, progress)
         kinds = measure(judge, examples, settings, progress)

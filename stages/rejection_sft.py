@@ -21,6 +21,7 @@ from r1pipe.train.run import open_run
 from r1pipe.train.sft.judged import approved, general_prompts, kinds_of
 from r1pipe.train.sft.loop import fine_tune
 from r1pipe.train.sft.rejection import (
+    GENERAL,
     build_dataset,
     draw_samples,
     drawn_in_order,
@@ -49,7 +50,7 @@ def main(folder: str) -> None:
             asked = general_prompts(run) if stage.judge else []
             judge = open_judge(run, ranks, kinds_of(asked)) if asked else None
             shards = draw_samples(run, ranks, prompts)
-            general_shards = draw_samples(run, ranks, asked, "sampling general prompts") if asked else []
+            general_shards = draw_samples(run, ranks, asked, GENERAL) if asked else []
             run.sampler.forget()
         with run.phase("filtering"):
             if ranks.rank == 0:

@@ -11,6 +11,14 @@ from fakes import House, build_house
 SHARED = Path(os.environ.get("R1PIPE_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+LONG = ("test_resume.py", "test_doctor.py", "test_hf_stages.py", "test_stuck.py", "test_signals.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that at the end no worker is alone with one of them."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _outside_the_clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fixtures of modules and of the session start in an empty folder: no test sees the clone's runs/."""

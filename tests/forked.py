@@ -1,47 +1,27 @@
 """Ranks as forks of one process that has imported torch and DeepSpeed already: a job starts in a blink."""
 
-import multiprocessing
 import os
-import random
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.forks import free_port, warm
 
 from r1pipe.config import read_config
 
-WARM = [
-    "r1pipe.train.rl.stage",
-    "r1pipe.train.sft.loop",
-    "r1pipe.train.rl.reward_model",
-    "deepspeed",
-    "forked",
-]
 LIMIT_S = 1800.0  # for anything, on however busy a machine: only a test that fails waits for so long
-
-
-def free_port() -> int:
-    """Where ranks may meet: below the ports that the system hands out by itself, and nobody listens there."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 30000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 @contextmanager
 def ranks(folder: Path, main: Callable[..., Any], count: int, *arguments: Any) -> Iterator[list[BaseProcess]]:
     """`main(folder, *arguments)` in `count` processes that find one another, as under the launcher."""
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(WARM)
-    port = free_port()
+    forks, port = warm(), free_port()
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     started = []
     for rank in range(count):

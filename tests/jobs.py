@@ -2,12 +2,14 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import forked
 import torch
 from forked import free_port
 
@@ -60,7 +62,23 @@ def write_run(folder: Path, config: RunConfig) -> Path:
 
 
 def on_two_ranks(script: str, folder: Path, ranks: int = 2) -> dict:
-    """What a script of this folder, launched on two ranks or more, writes to found.json in `folder`."""
+    """What a script of this folder, run on two ranks or more, writes to found.json in `folder`.
+
+    The ranks are forked from a warm process: no launcher, and no torch that each imports anew.
+    """
+    with forked.ranks(folder, _run_script, ranks, script) as started:
+        ended = forked.codes(started)
+    told = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("out-*.txt")))
+    assert ended == [0] * ranks, told
+    return json.loads((folder / "found.json").read_text())
+
+
+def _run_script(folder: Path, script: str) -> None:
+    runpy.run_path(str(Path(__file__).with_name(script)), run_name="__main__")
+
+
+def launched(script: str, folder: Path, ranks: int = 2) -> dict:
+    """The same by DeepSpeed's launcher, as jobs of more than one rank start."""
     here = Path(__file__).parent
     port = free_port()
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from bits import same_bits
+from forked import LIMIT_S
 from remote_sampler import RemoteSampler
 from rl_runs import go, metrics_of
 from test_ahead import WORDS, rollouts
@@ -57,7 +58,7 @@ def test_a_remote_sampler_draws_while_the_trainer_trains(tmp_path, monkeypatch):
 
     def trains(engine, *given):
         step = steps.samplers[-1].versions[-1]
-        assert step == 2 or begun[step + 1].wait(600)
+        assert step == 2 or begun[step + 1].wait(LIMIT_S)
         return update(engine, *given)
 
     def pushes(sampler, weights, version):
@@ -66,7 +67,7 @@ def test_a_remote_sampler_draws_while_the_trainer_trains(tmp_path, monkeypatch):
 
     def before(step: int) -> None:
         begun[step].set()
-        assert came[step].wait(600)
+        assert came[step].wait(LIMIT_S)
 
     steps = Steps(monkeypatch, before)
     monkeypatch.setattr(loop, "update", trains)
@@ -95,7 +96,7 @@ def test_a_step_whose_sampler_fails_loses_nothing(late, tmp_path, monkeypatch):
 
     def before(step: int) -> None:
         if step == 1:
-            assert not late or awaited.wait(600)
+            assert not late or awaited.wait(LIMIT_S)
             next(failures, lambda step: None)(step)
 
     def takes(queue, state, number=0):
@@ -150,7 +151,7 @@ def test_a_request_to_stop_waits_for_no_batch_and_the_run_says_what_it_draws_aga
 
     def before(step: int) -> None:
         if step == 1:
-            assert training.wait(600)
+            assert training.wait(LIMIT_S)
             stopping.request(RunFolder(folder).stop, signal.SIGTERM)
             while not stopping.requested():
                 time.sleep(0.01)
@@ -158,7 +159,7 @@ def test_a_request_to_stop_waits_for_no_batch_and_the_run_says_what_it_draws_aga
 
     def trains(*given):
         training.set()
-        assert asked.wait(600)
+        assert asked.wait(LIMIT_S)
         return update(*given)
 
     steps = Steps(monkeypatch, before)

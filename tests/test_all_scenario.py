@@ -91,8 +91,9 @@ def test_a_job_started_by_hand_refuses_a_weak_judge_too_and_a_forced_one_is_told
     assert ended.value.code == 2 and "below stage.preference.min_auc=0.75" in told and FORCE in told
     forced = ran(tmp_path / "forced", untaught, FORCE)
     found = json.loads((forced / "record.json").read_text())["metrics"]
-    assert found["weak_judges"] == 1 and "area under the ROC curve 0.6" in found["forced_judges"][0]
-    assert "weak reward model, used because" in (forced / "progress.jsonl").read_text()
+    assert found["weak_judges"] == 1 and "area under the ROC curve is 0.6" in found["forced_judges"][0]
+    told = (forced / "progress.jsonl").read_text()
+    assert told.count(f"reward models are used because of {FORCE}, although harmless: area under") == 1
 
 
 def test_helpfulness_sees_the_summary_alone_and_harmlessness_all_of_it() -> None:

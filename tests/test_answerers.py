@@ -1,13 +1,14 @@
 """Teachers and judges answer: checkpoints of this machine, and servers in OpenAI's protocol."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_servers import chat_server, say
 from tiny_runs import tiny_run
 
-from r1pipe.chat import server
 from r1pipe.chat.answerer import AnswerParams
 from r1pipe.chat.server import ServerAnswerer
 from r1pipe.config import AnswererConfig, ParentRef
@@ -15,7 +16,7 @@ from r1pipe.config.answerer import answerer_rules, is_server
 from r1pipe.core.errors import CheckpointError, EnvironmentProblem
 from r1pipe.core.paths import content_dir
 from r1pipe.core.types import Message, Prompt
-from r1pipe.runs import checkpoints, stopping
+from r1pipe.runs import checkpoints, servers, stopping
 from r1pipe.train.answering import licence_in_card, open_answerer
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.run import open_run
@@ -30,7 +31,7 @@ BASE = content_dir() / "base"
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(servers, "BACKOFF_S", 0.01)
 
 
 def test_a_server_is_asked_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,8 +77,8 @@ def test_a_server_that_recovers_is_asked_again() -> None:
 @pytest.mark.parametrize(
     ("reply", "told", "asked"),
     [
-        ((500, "out of\nmemory"), "500 Internal Server Error: out of memory; 3 requests", 3),
-        ((401, "sesame is no key"), "401 Unauthorized: *** is no key; 1 requests", 1),
+        ((500, "out of\nmemory"), "500 Internal Server Error: out of memory; requests: 3", 3),
+        ((401, "sesame is no key"), "401 Unauthorized: *** is no key; requests: 1", 1),
         ((200, "<html>"), "no JSON (Expecting value", 3),
         ((200, {"choices": []}), "answers no choices", 1),
     ],
@@ -112,6 +113,39 @@ def test_a_request_to_stop_ends_waiting(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(stopping, "requested", lambda: 15)
     with chat_server(lambda body: say("4")) as served, pytest.raises(stopping.Stopped):
         ServerAnswerer("teacher", served.url, CONFIG).answer(PROMPTS, AnswerParams(5))
+
+
+def taken(teacher: ServerAnswerer, prompts: list[Prompt], into: list[int]) -> None:
+    """Which prompts are answered, in the order of the answers."""
+    for i, _ in teacher.as_they_come(enumerate(prompts), AnswerParams(5)):
+        into.append(i)
+
+
+def test_what_was_answered_before_a_request_to_stop_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[int] = []
+    monkeypatch.setattr(stopping, "requested", lambda: 15 if got else 0)
+    with chat_server(lambda body: say("4")) as served:
+        teacher = ServerAnswerer("teacher", served.url, CONFIG)
+        with pytest.raises(stopping.Stopped):
+            taken(teacher, PROMPTS * 10, got)
+    assert 0 < len(got) < 20
+
+
+def test_what_is_under_way_at_a_failure_still_comes_and_nothing_more_is_asked() -> None:
+    failed, got = threading.Event(), list[int]()
+
+    def reply(body: dict[str, Any]) -> tuple[int, Any]:
+        if body["messages"][-1]["content"] == "2+2?":
+            failed.set()
+            return 400, "no"
+        failed.wait(60)
+        return say("6")
+
+    with chat_server(reply) as served:
+        teacher = ServerAnswerer("teacher", served.url, replace(CONFIG, parallel=2))
+        with pytest.raises(EnvironmentProblem, match="400"):
+            taken(teacher, [*PROMPTS, *[PROMPTS[0]] * 50], got)
+    assert got == [1] and len(served.requests) <= 4
 
 
 def test_a_checkpoint_answers(tmp_path: Path) -> None:
@@ -150,6 +184,7 @@ def test_what_a_config_may_name() -> None:
         "http://user:word@host/v1": "holds a user or password",
         "http://host:0/v1": "must be http://HOST:PORT/v1",
         "https://": "must be http://HOST:PORT/v1",
+        "htp://host/v1": "is no address of a server; it must be http://HOST:PORT/v1",
         "http://host/v1?key=3": "must be http://HOST:PORT/v1",
     }
     for name, line in told.items():

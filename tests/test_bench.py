@@ -15,7 +15,7 @@ from bench.operations import all_weights, case_bytes, case_flops, forward_flops,
 from bench.referee import Result, contest, fastest
 from bench.tables import Row, data_sheet, rows_of, speedup, table_of, utilisation
 from bench.turns import EOS, completions, lengths, rows
-from forked import wait_until
+from forked import LIMIT_S, wait_until
 from shapes import tiny
 
 from r1pipe.core.errors import ConfigError, EnvironmentProblem
@@ -225,7 +225,7 @@ def test_a_worker_dies_with_its_referee(in_a_turn, tmp_path):
     referee.kill()
     referee.wait()
     try:
-        worker.wait(timeout=300)  # it takes no time; the limit is for a machine that does
+        worker.wait(timeout=LIMIT_S)
     finally:
         with suppress(psutil.NoSuchProcess):
             worker.kill()

@@ -288,3 +288,29 @@ def test_real_files_are_measured_as_a_whole(shared: Path, name: str, file: str) 
     if name == "math500":
         assert {prompt.level for prompt in prompts} == {1, 2, 3, 4, 5}
         assert len({prompt.subject for prompt in prompts}) == 7
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "gsm8k.jsonl is empty"),
+        ('{"question": "a", "answer": "#### 3"}\n{"question":\n', "gsm8k.jsonl line 2 is not JSON"),
+        ('{"q": "a", "a": "3"}\n', "gsm8k.jsonl line 1 has no column answer; known: a, q"),
+        ('{"question": "a", "answer": "3"}\n', "gsm8k.jsonl line 1: '####' is missing"),
+    ],
+)
+def test_a_wrong_file_is_one_line_before_weights_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, told: str
+) -> None:
+    (tmp_path / "gsm8k.jsonl").write_text(content)
+    words = ["model=laptop", "engine.ranks=1", "benchmark=gsm8k", f"data.path={tmp_path / 'gsm8k.jsonl'}"]
+    config = replace(composed(*words).config, weights_from=lineage.bundled())
+    run = RunFolder(tmp_path / "run")
+    run.create()
+    run.config.write_text(json.dumps(to_mapping(config)))
+    stage = load_stage("evaluate")
+    monkeypatch.setattr(stage, "load_weights", None)
+    with pytest.raises(SystemExit) as ended:
+        stage.main(str(run.path))
+    line = run.error.read_text()
+    assert ended.value.code == 2 and told in line and line.count("\n") == 1

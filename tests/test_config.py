@@ -119,6 +119,13 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_stage() -
     assert sources == ["conf/stage/part/rl.yaml", "conf/recipe/laptop.yaml", COMMAND_LINE]
 
 
+def test_a_composition_leaves_the_next_one_as_it_was() -> None:
+    plain = to_mapping(compose(["stage=grpo"]).config)
+    words = ["stage.sampling.max_tokens=7", "stage.rewards.weights={format: 3.0}", "data.tasks=[word]"]
+    assert to_mapping(compose(["stage=grpo", *words]).config) != plain
+    assert to_mapping(compose(["stage=grpo"]).config) == plain
+
+
 @pytest.mark.parametrize("key", ["precision", "engine.precision"])
 def test_a_low_precision_brings_the_zero_level_that_keeps_masters(key: str) -> None:
     chosen = compose([f"{key}=bf16", "engine=cpu"])

@@ -289,3 +289,11 @@ def test_their_policy_gradient_is_that_of_the_reverse_kl() -> None:
     advantages = losses.teacher_advantages(student.detach(), teacher, coef=1.0)
     (found,) = torch.autograd.grad(-(student.detach().exp() * advantages * student).sum(), scores)
     torch.testing.assert_close(found, exact)
+
+
+def test_with_a_discount_a_token_answers_for_those_that_follow() -> None:
+    student, teacher = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.5, -1.0, -4.5])
+    advantages = losses.teacher_advantages(student, teacher, coef=2.0, discount=0.5)
+    gaps = [-0.5, 1.0, -4.0]
+    following = [gaps[0] + 0.5 * gaps[1] + 0.25 * gaps[2], gaps[1] + 0.5 * gaps[2], gaps[2]]
+    assert advantages.tolist() == pytest.approx([2 * 0.5 * each for each in following])

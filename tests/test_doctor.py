@@ -559,7 +559,7 @@ def test_a_reward_model_that_has_learned_nothing(context: Make, untaught: Path) 
     shutil.rmtree(untaught.parent / "run")
     missing = found(context("stage=all_scenario", FORCE, reward_model=parent), "reward models")
     assert missing.status == FAIL, "the stage will not start"
-    assert "in order 0.5, below stage.preference.min_accuracy=0.6" in poor.remedy
+    assert "in order is 0.5, below stage.preference.min_accuracy=0.6" in poor.remedy
 
 
 def test_a_weak_reward_model_that_is_forced_or_near_its_bound_is_a_warning(

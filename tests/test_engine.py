@@ -1,18 +1,22 @@
 """The engine: the same training whatever the ranks, micro-batches and ZeRO level; exact resume."""
 
+import json
 import pickle
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from jobs import OPTIM, ROUTER, engine_config, on_two_ranks, tiny_model
+from forked import codes, ranks
+from jobs import OPTIM, ROUTER, engine_config, launched, on_two_ranks, tiny_model
 from torch.nn.functional import cross_entropy
 
 from r1pipe.core.errors import CheckpointError, ConfigError
 from r1pipe.train.engine.discovery import discover
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.optimizer import lr_factor
+from r1pipe.train.engine.patches import exit_immediately_with
 from r1pipe.train.engine.state import load_tensors
 
 STEPS = 3
@@ -168,6 +172,21 @@ def go_on(folder: Path, level: int, steps: int) -> list[float]:
     return losses
 
 
+def start_one(folder: Path) -> None:
+    Engine(tiny_model(), OPTIM, ROUTER, engine_config(1, 1), total_steps=1)
+    (folder / "modules.json").write_text(json.dumps([*sys.modules]))
+    exit_immediately_with(0)
+
+
+def test_a_start_imports_no_compiler(tmp_path):
+    """DeepSpeed would, for an optimizer that no job uses."""
+    with ranks(tmp_path, start_one, 1) as started:
+        assert codes(started) == [0], (tmp_path / "out-0.txt").read_text()[-3000:]
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    assert "deepspeed.runtime.zero.muon.muon_optimizer" in modules
+    assert "torch._inductor.compile_fx" not in modules
+
+
 def test_saved_state_cannot_carry_code(tmp_path):
     path = tmp_path / "state.pt"
     for spoil, why in (
@@ -213,7 +232,7 @@ def test_schedules(schedule, middle, last):
 
 
 def test_two_ranks_train_as_one(tmp_path, one_rank):
-    all_found = on_two_ranks("two_ranks.py", tmp_path)
+    all_found = launched("two_ranks.py", tmp_path)
     for level, found in all_found.items():
         assert found["losses"] == pytest.approx([s.loss for s in one_rank], rel=1e-4), level
         assert found["norms"] == pytest.approx([s.grad_norm for s in one_rank], rel=1e-3), level

@@ -1,6 +1,7 @@
 """What is got out of a teacher: labels, new problems, topics and documents, distributions, feedback."""
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,52 +14,72 @@ from hf_models import write_model
 from jobs import on_two_ranks
 from tiny_runs import tiny_config, tiny_run
 
-from r1pipe.chat import server
+from r1pipe.chat.answerer import Spent
 from r1pipe.chat.template import Chat
 from r1pipe.config import DistillConfig, ParentRef, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.config.distill_methods import EXTRACTS, METHODS, TRANSFERS
-from r1pipe.core.errors import ConfigError, DataError
+from r1pipe.config.distill_unused import unused_keys
+from r1pipe.config.groups import flat
+from r1pipe.core.errors import CheckpointError, ConfigError, DataError
+from r1pipe.core.paths import RunFolder
 from r1pipe.core.types import Completion, Prompt
+from r1pipe.launch.watch import resume_hint
 from r1pipe.model import load_pretrained
-from r1pipe.runs import lineage, samples
+from r1pipe.runs import checkpoints, lineage, samples, servers
 from r1pipe.runs.files import write_json
 from r1pipe.runs.lineage.published import adopt
 from r1pipe.train.distill.on_policy import TeacherScorer
 from r1pipe.train.distill.transfer import prompts_of
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.extract.alignment import aligned, pieces_of
+from r1pipe.train.extract import feedback
+from r1pipe.train.extract.alignment import TopK, aligned, pieces_of, unknown
 from r1pipe.train.extract.answers import scored, with_majority
 from r1pipe.train.extract.curate import passages
 from r1pipe.train.extract.dataset import Kept, read_rows
-from r1pipe.train.extract.distribution import read_by_teacher, stored_top
+from r1pipe.train.extract.distribution import in_turn, read_by_teacher
 from r1pipe.train.extract.expand import listed
 from r1pipe.train.extract.extract import extract
 from r1pipe.train.extract.feedback import rating
-from r1pipe.train.extract.problems import Problems, rouge_l
+from r1pipe.train.extract.problems import Problems, WordIndex, rouge_l
+from r1pipe.train.extract.served import Journal
+from r1pipe.train.extract.stored import ROWS, Stored, check_stored, write_stored
 from r1pipe.train.extract.teacher import TeacherGenerator
 from r1pipe.train.extract.work import Work
 from r1pipe.train.run import open_run
 
 ALL = ["stage.filters.correct_only=false", "stage.filters.well_formed=false"]
-SMALL = ["stage=distill", "stage.prompts=6", "stage.teacher.retries=0", "stage.teacher.parallel=2"]
+SMALL = ["stage=distill", "stage.prompts=6"]
+SERVED = ["stage.teacher.retries=0", "stage.teacher.parallel=2"]
 DIVERGENCE = ["stage.extract=distribution", "stage.transfer=divergence", "stage.distribution.top_k=5"]
 LAPTOP = ["recipe=smoke", "engine.ranks=1", "engine.threads=1", "stage.sampling.max_tokens=48"]
 
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(servers, "BACKOFF_S", 0.01)
 
 
 def extracted(folder: Path, *words: str, weights: ParentRef | None = None, **more: Any) -> list[dict]:
-    """The rows of a run's dataset; nothing is trained."""
+    """The rows of a run's dataset, `top` being the stored probabilities; nothing is trained."""
     if not folder.exists():
-        tiny_run(folder, *SMALL, *words, weights=weights, **more)
+        served = SERVED if any(word.startswith("teacher=http") for word in words) else []
+        few = SMALL[:1] if "stage.extract=curate" in words else SMALL
+        tiny_run(folder, *few, *served, *words, weights=weights, **more)
     with open_run(folder) as run:
         run.load_chat(), run.load_data()
         path, _ = extract(run, Ranks(run.config.engine))  # type: ignore[arg-type]
-    return read_rows(path)
+        beside = run.folder.distributions
+    stored = Stored(beside) if beside.exists() else None
+    rows = read_rows(path)
+    for row in rows:
+        place = row.pop("distribution")
+        row["top"] = None if place is None or stored is None else [of.tolist() for of in stored[place]]
+    return rows
+
+
+def top_of(row: dict[str, Any]) -> TopK:
+    return TopK(*map(np.array, row["top"]))
 
 
 def funnel(folder: Path) -> dict[str, int]:
@@ -142,6 +163,77 @@ def test_what_cannot_be_is_refused_in_one_line(words: list[str], told: str) -> N
     assert told in str(refused.value) and "\n" not in str(refused.value)
 
 
+# Every method, and what changes which keys it reads.
+EVERY_METHOD = [
+    [f"stage.extract={extract}", f"stage.transfer={transfer}", teacher]
+    for (extract, transfer), method in METHODS.items()
+    for teacher in ("teacher=base", *([] if method.live else ["teacher=http://h/v1"]))
+    if method.supported
+    and extract != "curate"
+    and not ("http" in teacher and extract in ("expand", "feedback"))
+]
+EVERY_METHOD += [
+    [f"stage.extract={extract}", key, "teacher=x"]
+    for extract, key in (
+        ("expand", "stage.expand.way=self_instruct"),
+        ("expand", "stage.expand.way=evolve"),
+        ("feedback", "stage.feedback.by=rubric"),
+        ("feedback", "stage.feedback.by=correction"),
+    )
+]
+EVERY_METHOD += [
+    ["stage.extract=curate", f"stage.curate.way={way}", "stage.curate.topics=[tea]", "teacher=x"]
+    for way in ("ask", "continue")
+]
+EVERY_METHOD += [
+    ["stage.extract=curate", "stage.curate.way=ask", "stage.curate.documents=a.txt", "teacher=x"],
+    ["stage.transfer=divergence", "stage.divergence.kind=jensen_shannon", "teacher=x"],
+    ["stage.transfer=divergence", "stage.divergence.kind=forward_kl", "teacher=x"],
+    ["stage.extract=distribution", "stage.transfer=divergence", "stage.distribution.live=true", "teacher=x"],
+    [],
+]
+
+
+def test_every_key_is_read_by_some_method_and_those_that_are_said_to_be_unused_are_keys() -> None:
+    known, read, unused = set[str](), set[str](), set[str]()
+    for words in EVERY_METHOD:
+        config = tiny_config("stage=distill", *words)
+        keys = {key.removeprefix("stage.") for key, _ in flat(to_mapping(config)) if key.startswith("stage.")}
+        names = {name for named, _ in unused_keys(config.stage, config.teacher) for name in named}
+        read |= {key for key in keys if not any(f"{key}.".startswith(f"{name}.") for name in names)}
+        known |= keys
+        unused |= names
+    assert known == read
+    assert not [name for name in unused if not any(f"{key}.".startswith(f"{name}.") for key in known)]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["stage.prompts=5"], "stage.prompts would change nothing: it needs teacher="),
+        (["teacher=x", "stage.expand.shots=2"], "it is of stage.extract=expand"),
+        (["teacher=x", "stage.teacher.parallel=2"], "it is of a server"),
+        (["teacher=x", "stage.templates.rubric='{question}{answer}'"], "reads no template"),
+        (["teacher=x", "stage.transfer=rl", "stage.epochs=2"], "give stage.max_steps"),
+        (
+            [
+                *("teacher=x", "stage.transfer=divergence"),
+                *("stage.divergence.kind=forward_kl", "stage.divergence.beta=0.1"),
+            ],
+            "stage.divergence.kind=jensen_shannon",
+        ),
+        (
+            ["teacher=x", "stage.extract=feedback", "stage.transfer=rl", "stage.filters.per_prompt=2"],
+            "nothing is filtered",
+        ),
+    ],
+)
+def test_a_key_that_the_method_does_not_read_is_refused_in_one_line(words: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match="would change nothing") as refused:
+        tiny_config("stage=distill", *words)
+    assert told in str(refused.value) and "\n" not in str(refused.value)
+
+
 def test_a_teacher_is_for_distillation_and_takes_the_place_of_stored_samples() -> None:
     with pytest.raises(ConfigError, match="teacher=x is for stage=distill"):
         tiny_config("stage=grpo", "teacher=x")
@@ -188,12 +280,12 @@ def test_wrong_answers_are_dropped_and_nothing_left_is_an_error(tmp_path: Path) 
 
 
 def test_a_lost_server_is_one_line_and_what_it_answered_is_not_asked_again(tmp_path: Path) -> None:
-    folder, answered = tmp_path / "run", 0
+    folder, left = tmp_path / "run", 4
 
     def until_lost(body: dict[str, Any]) -> tuple[int, Any]:
-        nonlocal answered
-        answered += 1
-        return arithmetic(body) if answered <= 4 else (500, "out of memory")
+        nonlocal left
+        left -= 1
+        return arithmetic(body) if left >= 0 else (500, "out of memory")
 
     with chat_server(until_lost) as served:
         words = [f"teacher={served.url}", *ALL, "stage.samples_per_prompt=1", "stage.teacher.parallel=1"]
@@ -201,11 +293,49 @@ def test_a_lost_server_is_one_line_and_what_it_answered_is_not_asked_again(tmp_p
             extracted(folder, *words)
         told = (folder / "error.txt").read_text()
         assert ended.value.code == 2 and told.count("\n") == 1 and "out of memory" in told
-        assert len([*(folder / "data/shards").glob("*/*.parquet")]) == 4
-        served.reply, before = arithmetic, len(served.requests)
+        assert resume_hint(RunFolder(folder)).startswith("4 answers are kept, and the same command goes on")
+        assert checkpoints.holds_work(RunFolder(folder))
+        left, before = 100, len(served.requests)
         rows = extracted(folder)
     assert len(rows) == 6 and len(served.requests) - before == 2
     assert json.loads((folder / "teacher.json").read_text())["requests"] == 6, "of both sessions"
+    assert not [*folder.rglob("data/shards/*/*.jsonl")], "shards are whole"
+
+
+def test_a_slow_answer_holds_no_other_up_and_the_order_stays(tmp_path: Path) -> None:
+    """The first request is answered after 20 others, which are more than a shard's."""
+    others, lock, first = threading.Event(), threading.Lock(), []
+
+    def slow_first(body: dict[str, Any]) -> tuple[int, Any]:
+        with lock:
+            first.append(body)
+            is_first = len(first) == 1
+            if len(first) == 21:
+                others.set()
+        if is_first and not others.wait(60):
+            return 500, "nobody else was answered"
+        return say(thought(f"The answer is {body['seed']}."))
+
+    words = [*ALL, "stage.samples_per_prompt=1", "stage.prompts=30", "stage.filters.max_repetition=1"]
+    with chat_server(slow_first) as served:
+        rows = extracted(tmp_path / "slow", f"teacher={served.url}", *words)
+    assert len(first) == 30 and len([*(tmp_path / "slow").rglob("data/shards/*/*.parquet")]) == 2
+    with chat_server(lambda body: say(thought(f"The answer is {body['seed']}."))) as served:
+        again = extracted(tmp_path / "again", f"teacher={served.url}", *words)
+    assert [row["response"] for row in rows] == [row["response"] for row in again]
+    assert [row["question"] for row in rows] == [row["question"] for row in again]
+
+
+def test_a_journal_keeps_bytes_and_leaves_out_what_a_kill_has_cut_off(tmp_path: Path) -> None:
+    shard = tmp_path / "1-of-2.parquet"
+    rows = [{"text": "é", "likely": [{"piece": b"\xc3", "top": [b"\xa9", b"a"], "logprobs": [-0.1, -3.0]}]}]
+    Journal(shard).add(4, rows, Spent(requests=1, usd=0.5))
+    with shard.with_suffix(".jsonl").open("a") as file:
+        file.write('{"item": 6, "ro')
+    again = Journal(shard)
+    assert again.rows == {4: rows} and again.spent == Spent(requests=1, usd=0.5)
+    again.add(6, rows, Spent(requests=2))
+    assert {*Journal(shard).rows} == {4, 6} and Journal(shard).spent.requests == 3
 
 
 # --- expansion
@@ -224,6 +354,24 @@ def test_rouge_l_is_what_its_definition_says() -> None:
         one, other = (rng.choice([*"abcd"], int(rng.integers(1, 90))).tolist() for _ in range(2))
         assert rouge_l(one, other) == pytest.approx(2 * slow(one, other) / (len(one) + len(other)))
     assert rouge_l([], []) == 1.0
+
+
+@pytest.mark.parametrize("similarity", [0.0, 0.3, 0.7, 0.9])
+def test_near_copies_are_those_that_a_comparison_with_every_text_finds(similarity: float) -> None:
+    rng = np.random.default_rng(0)
+    texts = [rng.choice([*"aabbcdefghij"], int(rng.integers(1, 25))).tolist() for _ in range(300)]
+    texts += [[*text[:3], "k", *text[4:]] for text in texts[:100]]
+    index = WordIndex()
+    known: list[list[str]] = []
+    copies = 0
+    for text in texts:
+        expected = [other for other in known if rouge_l(text, other) >= similarity]
+        found = [other for other in index.alike(text, similarity) if rouge_l(text, other) >= similarity]
+        assert found == expected
+        copies += bool(found)
+        index.add(text)
+        known.append(text)
+    assert copies > 50, "the test sees some"
 
 
 def test_new_problems_are_new() -> None:
@@ -398,8 +546,8 @@ def test_a_local_teachers_probabilities_are_its_own(tmp_path: Path) -> None:
             logits_TV = model(torch.tensor([example.tokens]))[0].float()
         learned = torch.tensor(example.loss)[1:]
         expected = logits_TV[:-1][learned].log_softmax(-1)
-        top = stored_top(row)
-        assert top is not None and top.ids_TK.shape == (int(learned.sum()), 5)
+        top = top_of(row)
+        assert top.ids_TK.shape == (int(learned.sum()), 5)
         found = expected.gather(1, torch.from_numpy(top.ids_TK).long())
         assert np.allclose(top.logprobs_TK.astype(float), found.numpy(), atol=1e-2)
         assert torch.equal(found[:, 0], expected.max(1).values), "the likeliest comes first"
@@ -409,11 +557,11 @@ def test_a_local_teachers_probabilities_are_its_own(tmp_path: Path) -> None:
 
 
 def test_the_samples_of_a_run_can_be_read_and_live_teachers_store_nothing(tmp_path: Path) -> None:
-    words = ["stage.extract=distribution", "stage.transfer=divergence", "stage.distribution.top_k=2", *ALL]
+    words = ["stage.extract=distribution", "stage.transfer=divergence", *ALL]
     made = tmp_path / "distill-s0-1"
     live = [*words, "stage.distribution.live=true", "stage.sampling.max_tokens=16"]
     rows = extracted(made, *live, teacher=lineage.bundled())
-    assert rows and all(row["top_ids"] is None for row in rows)
+    assert rows and all(row["top"] is None for row in rows)
     alone = ["stage.extract=distribution", "stage.transfer=rl"]
     prompts = extracted(tmp_path / "prompts", *alone, teacher=lineage.bundled())
     assert len(prompts) == 6 and {row["response"] for row in prompts} == {""}
@@ -421,6 +569,40 @@ def test_the_samples_of_a_run_can_be_read_and_live_teachers_store_nothing(tmp_pa
     assert {
         prompt.licence for prompt in prompts_of(tmp_path / "prompts" / "data" / "samples.parquet", True)
     } == {"Apache-2.0"}
+
+
+def test_probabilities_are_written_in_parts_and_mapped(tmp_path: Path) -> None:
+    rng, path = np.random.default_rng(0), tmp_path / "distributions.arrow"
+    tops: list[TopK | None] = [None, unknown(2, 3)]
+    for length in rng.integers(1, 9, 3 * ROWS):
+        ids = rng.integers(-1, 9, (length, 3)).astype(np.int32)
+        ids[0, 0] = 4
+        values = rng.random((length, 4)).astype(np.float16)
+        tops.append(TopK(ids, values[:, :3], values[:, 3]))
+    rows = write_stored(path, enumerate(tops))
+    stored = Stored(path)
+    assert [*rows] == [*range(2, len(tops))] and len(stored) == len(rows), "unknown ones are left out"
+    for number, row in rows.items():
+        expected = tops[number]
+        assert expected is not None and stored.tokens(row) == len(expected.rest_T)
+        assert stored.known(row) == (expected.ids_TK >= 0).any(1).sum()
+        for found, of in zip(stored[row], expected, strict=True):
+            assert found.dtype == of.dtype and np.array_equal(found, of) and not found.flags.owndata
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(CheckpointError, match=r"distributions\.arrow cannot be read"):
+        Stored(path)
+
+
+def test_probabilities_that_are_not_the_datasets_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = [*DIVERGENCE, *ALL, "stage.prompts=2", "stage.sampling.max_tokens=8"]
+    extracted(folder, *words, teacher=lineage.bundled())
+    paths = folder / "data" / "distributions.arrow", folder / "data" / "samples.parquet"
+    check_stored(*paths)
+    paths[0].write_bytes(b"0" + paths[0].read_bytes())
+    with pytest.raises(SystemExit):
+        extracted(folder)
+    assert "has changed; remove data/samples.parquet" in (folder / "error.txt").read_text()
 
 
 def test_one_text_in_two_tokenizers() -> None:
@@ -452,7 +634,7 @@ def test_a_teacher_with_another_tokenizer_is_read_where_the_tokens_meet(tmp_path
     with open_run(folder) as run:
         chat, ranks = run.load_chat(), Ranks(run.config.engine)
         work = Work(run, ranks, TeacherGenerator(run, ranks), [])  # type: ignore[arg-type]
-        top, too_long = read_by_teacher(work, rows)
+        (_, top), (_, too_long) = in_turn(read_by_teacher(work, rows))
     assert too_long is None and top is not None
     assert len(top.rest_T) == len(chat.encode(rows[0].response)) + 1
     mass = np.exp(top.logprobs_TK.astype(float)).sum(1) + np.exp(top.rest_T.astype(float))
@@ -482,8 +664,8 @@ def test_a_servers_probabilities_are_of_the_students_tokens(tmp_path: Path) -> N
     with chat_server(with_probabilities) as served:
         rows = extracted(tmp_path / "run", f"teacher={served.url}", *words, "stage.samples_per_prompt=1")
     for row in rows:
-        top = stored_top(row)
-        assert top is not None and top.ids_TK[:-1, 0].tolist() == chat.encode(text)
+        top = top_of(row)
+        assert top.ids_TK[:-1, 0].tolist() == chat.encode(text)
         assert np.allclose(top.logprobs_TK[:-1, 0].astype(float), -0.5)
         assert np.allclose(np.exp(top.rest_T[:-1].astype(float)), 1 - np.exp(-0.5), atol=1e-2)
         assert top.ids_TK[-1].tolist() == [-1] * 3 and top.rest_T[-1] == 0, "no server tells the end"
@@ -537,13 +719,14 @@ def test_what_ratings_cost_while_a_student_is_reinforced_is_written_down(tmp_pat
         assert not served.requests, "prompts alone cost nothing"
         with open_run(str(folder), DistillConfig) as run:
             run.load_chat()
-            scorer = TeacherScorer(run, 1.0)
-            found = scorer.score([samples.prompt_of(rows[0])], [Completion([], [], "stop", "abcdef")])
+            scorer, prompt = TeacherScorer(run, 1.0), samples.prompt_of(rows[0])
+            found = [scorer.score([prompt], [Completion([], [], "stop", text)]) for text in ("abcdef", "abc")]
             scorer.finish()
-        asked = len(served.requests)
-    assert [score.value for score in found] == [0.9] and asked == 1
+        seeds = {body["seed"] for body in served.requests}
+    assert [score.value for [score] in found] == [0.9, 0.3]
+    assert len(seeds) == 2, "each step's ratings are drawn anew"
     facts = json.loads((folder / "teacher.json").read_text())
-    assert (facts["requests"], facts["prompts"]) == (1, len({row["prompt_id"] for row in rows}))
+    assert (facts["requests"], facts["prompts"]) == (2, len({row["prompt_id"] for row in rows}))
     assert facts["prompt_tokens"] > 0
 
 
@@ -559,6 +742,16 @@ def test_a_server_corrects_the_students_answers(tmp_path: Path) -> None:
     assert {row["score"] for row in better} == {1.0} and {row["score"] for row in worse} == {0.0}
     assert {(row["source"], row["licence"]) for row in worse} == {("sampled:bundled", "Apache-2.0")}
     assert {row["licence"] for row in better} == {None}, "what the teacher wrote has the teacher's"
+    assert [row["pair"] for row in better] == [row["pair"] for row in worse]
+
+
+def test_equal_corrections_of_two_answers_keep_the_answer_that_each_corrects(tmp_path: Path) -> None:
+    own = [Completion([], [], "stop", text) for text in ("first", "second")]
+    with chat_server(critic) as served, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feedback, "students_answers", lambda work, prompts: [own])
+        teacher = [f"teacher={served.url}", "stage.feedback.by=correction", *ALL, "stage.prompts=1"]
+        rows = answering(tmp_path / "run", *teacher, "stage.transfer=ranking")
+    assert [row["response"] for row in rows] == [thought("The answer is 7."), "first"], "the other is a copy"
 
 
 def test_likelihood_ranks_the_students_answers(tmp_path: Path) -> None:
@@ -613,6 +806,6 @@ def test_two_ranks_share_the_work_and_find_what_one_finds(tmp_path: Path) -> Non
     for name, rows in alone.items():
         expected = json.loads(json.dumps(rows, default=float))
         for row in expected + found[f"distill-{name}"]:
-            for key in ("top_logprobs", "rest_logprobs"):  # of another batch: within rounding
-                row[key] = row[key] and np.round(np.exp(np.array(row[key], float)), 1).tolist()
+            if row["top"]:  # probabilities of another batch: within rounding
+                row["top"][1:] = [np.round(np.exp(np.array(of, float)), 1).tolist() for of in row["top"][1:]]
         assert expected and found[f"distill-{name}"] == expected

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from fakes import House
 from judges import FakeJudge, coin, first, judge_config, longer, quoted
 from tiny_runs import load_stage, tiny_run
 
+from r1pipe.chat.answerer import AnswerParams
 from r1pipe.chat.template import compose_response, parse
 from r1pipe.cli import judge as measurement
 from r1pipe.cli.compare import describe_refusals
@@ -27,6 +29,7 @@ from r1pipe.data.world import World, truth
 from r1pipe.rewards import is_correct
 from r1pipe.rewards.judge import Judge, JudgeReward
 from r1pipe.rewards.judge.cache import AnswerCache
+from r1pipe.rewards.judge.judging import TOGETHER
 from r1pipe.rewards.judge.labels import balance_lengths, rank_pairs
 from r1pipe.rewards.judge.measurement import HeldOut, Measurement, OwnAnswer, measure
 from r1pipe.rewards.judge.prompts import filled, question_of, read_verdict
@@ -197,6 +200,29 @@ def test_nothing_is_asked_or_paid_for_twice(tmp_path: Path) -> None:
     other = Judge(FakeJudge(coin, "other"), judge_config(votes=2), AnswerCache(tmp_path))
     other.compare(pairs[:1])
     assert len(other.answerer.asked) == 2, "another judge is asked anew"
+
+
+def test_batches_share_no_random_numbers_whatever_was_in_the_cache(tmp_path: Path) -> None:
+    answers = [(WISH, f"A fox {n}.") for n in range(3 * TOGETHER)]
+
+    def seeds(folder: Path, *kinds: str, again: int = 0) -> list[int]:
+        judge, found = judge_of(coin, folder, max_num_seqs=1), list[int]()
+        answer = judge.answerer.answer
+
+        def noted(prompts: list[Prompt], params: AnswerParams, progress: None = None) -> object:
+            found.append(params.seed)
+            return answer(prompts, params, progress)
+
+        judge.answerer.answer = noted
+        for kind in kinds:
+            judge.rate(answers, kind, again=again)
+        return found
+
+    whole = seeds(tmp_path / "whole", "pointwise", "harmless")
+    assert len({*whole, *seeds(tmp_path / "whole", "pointwise", again=1)}) == 9
+    half = judge_of(coin, tmp_path / "half", max_num_seqs=1)
+    half.rate(answers[:TOGETHER], "pointwise")  # a run that was killed
+    assert seeds(tmp_path / "half", "pointwise") == whole[1:3]
 
 
 def test_a_lost_server_leaves_what_was_answered_before(tmp_path: Path) -> None:
@@ -472,8 +498,12 @@ def test_a_judge_is_a_reward_and_the_truth_stands_beside_it(tmp_path: Path) -> N
     assert all((row["score_judge"] is None) == (row["task"] == "word") for row in rows)
     found = judged_record(folder)["judge"]
     assert found["requests"] == len(served.requests)
-    assert found["weaknesses"] == ["harmless: area under the ROC curve 0.6, below stage.judge.min_auc=0.75"]
-    assert "weak judge, used because" in (folder / "progress.jsonl").read_text()
+    assert found["weaknesses"] == [
+        "harmless: area under the ROC curve is 0.6, below stage.judge.min_auc=0.75"
+    ]
+    assert (folder / "progress.jsonl").read_text().count(
+        "is used because of stage.judge.force=true, although"
+    ) == 1
 
 
 def write_bundled_shape(folder: Path) -> None:
@@ -583,11 +613,18 @@ def test_a_judge_that_is_hacked_moves_away_from_the_truth(world: World) -> None:
 # --- the command line
 
 
+@pytest.fixture
+def url() -> Iterator[str]:
+    """Of a server that is looked for, and asked nothing."""
+    with chat_server(lambda body: say("")) as served:
+        yield served.url
+
+
 def test_a_judge_that_was_not_measured_or_is_weak_is_refused_in_one_line(
-    house: House, capsys: pytest.CaptureFixture
+    house: House, capsys: pytest.CaptureFixture, url: str
 ) -> None:
-    words = ["run", "stage=rejection_sft", "parent=pretrain", "judge=http://localhost:1/v1"]
-    reward = ["run", "stage=all_scenario", "parent=pretrain", "judge=http://localhost:1/v1", "stage.reads=[]"]
+    words = ["run", "stage=rejection_sft", "parent=pretrain", f"judge={url}"]
+    reward = ["run", "stage=all_scenario", "parent=pretrain", f"judge={url}", "stage.reads=[]"]
     reward += ["+stage.rewards.weights.judge=1", "stage.preference.helpful_weight=0"]
     reward += ["stage.preference.harmless_weight=0"]
     assert house.call("run", "stage=grpo", "parent=pretrain") == 0
@@ -601,7 +638,7 @@ def test_a_judge_that_was_not_measured_or_is_weak_is_refused_in_one_line(
         return err
 
     for call in (words, reward):
-        assert "judge=http://localhost:1/v1: was never measured" in told(*call)
+        assert f"judge={url} cannot be relied on: it was never measured" in told(*call)
     config = compose([*reward[1:], f"root={house.root}"]).config
     place = judge_quality.folder_of(config)
     place.mkdir(parents=True)
@@ -611,14 +648,14 @@ def test_a_judge_that_was_not_measured_or_is_weak_is_refused_in_one_line(
     quality = {"judge": {}, "prompts": "", "asked": {}, "data": {}, "created": "", "kinds": weak}
     (place / "quality.json").write_text(json.dumps(quality))
     refused = told(*reward)
-    assert "pointwise: agreement with the labels 0.5, below stage.judge.min_agreement=0.65" in refused
+    assert "pointwise: agreement with the labels is 0.5, below stage.judge.min_agreement=0.65" in refused
     assert "stage.judge.force=true" in refused
     assert house.call(*reward, "stage.judge.min_agreement=0.5") == 0
     assert house.call(*reward, "stage.judge.force=true") == 0
     assert "never measured" in told(*reward, "stage.judge.votes=2"), "asked otherwise it is another judge"
     del weak["pointwise"]
     (place / "quality.json").write_text(json.dumps(quality))
-    assert "pointwise: was not measured" in told(*reward)
+    assert "pointwise: it was not measured" in told(*reward)
     (place / "quality.json").write_text('{"kinds": 3}')
     assert "quality.json" in told(*reward)
 

@@ -50,12 +50,12 @@ def asking(checkpoint: Path, **preference: Any) -> RunConfig:
             HELPFUL,
             "accuracy",
             0.55,
-            "helpful share of held-out pairs in order 0.55, below {}min_accuracy=0.6",
+            "helpful: share of held-out pairs in order is 0.55, below {}min_accuracy=0.6",
         ),
-        (HARMLESS, "auc", 0.7, "harmless area under the ROC curve 0.7, below {}min_auc=0.75"),
-        (HELPFUL, "length_correlation", 0.75, "length 0.75, beyond {}max_length_correlation=0.7"),
-        (HARMLESS, "length_correlation", -0.8, "length -0.8, beyond {}max_length_correlation=0.7"),
-        (HARMLESS, "auc", None, "harmless area under the ROC curve unknown, below {}min_auc=0.75"),
+        (HARMLESS, "auc", 0.7, "harmless: area under the ROC curve is 0.7, below {}min_auc=0.75"),
+        (HELPFUL, "length_correlation", 0.75, "length is 0.75, beyond {}max_length_correlation=0.7"),
+        (HARMLESS, "length_correlation", -0.8, "length is -0.8, beyond {}max_length_correlation=0.7"),
+        (HARMLESS, "auc", None, "harmless: area under the ROC curve is unknown, below {}min_auc=0.75"),
         (HELPFUL, "accuracy", float("nan"), "nan, below {}min_accuracy"),
         (HELPFUL, "length_correlation", float("nan"), "nan, beyond {}max_length_correlation"),
     ],
@@ -88,7 +88,7 @@ def test_a_model_that_nobody_judged_is_refused_and_one_that_weighs_nothing_is_no
 ) -> None:
     write_standing(tmp_path)
     (tmp_path / HARMLESS / judges.QUALITY).unlink()
-    with pytest.raises(CheckpointError, match="harmless was never measured"):
+    with pytest.raises(CheckpointError, match="harmless: it was never measured"):
         judges.check_quality(asking(tmp_path))
     assert judges.check_quality(asking(tmp_path, harmless_weight=0.0)) == []
 
@@ -133,7 +133,7 @@ def test_a_weak_judge_is_refused_before_the_job_starts(weak: House, capsys: pyte
     words = ["run", "stage=all_scenario", "parent=pretrain"]
     assert weak.call(*words) == 2
     told = capsys.readouterr().err
-    assert "in order 0.5, below stage.preference.min_accuracy=0.6" in told and told.count("\n") == 1
+    assert "in order is 0.5, below stage.preference.min_accuracy=0.6" in told and told.count("\n") == 1
     assert not weak.runs("all_scenario"), "no run folder is left behind"
     assert weak.call(*words, "stage.preference.min_accuracy=0.5") == 0
     assert weak.call(*words, FORCE) == 0
@@ -161,7 +161,7 @@ def test_a_damaged_quality_file_is_one_line(
 def test_the_table_tells_how_the_models_were_judged_and_which_were_forced(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    forced = {"weak_judges": 1, "forced_judges": ["helpful share of held-out pairs in order 0.5"]}
+    forced = {"weak_judges": 1, "forced_judges": ["helpful: share of held-out pairs in order is 0.5"]}
     for stage, metrics in (("reward_model", {"reward_models": GOOD}), ("all_scenario", forced)):
         folder = build(tmp_path, stage, seed=3)
         record = json.loads((folder / "record.json").read_text()) | {"metrics": metrics}
@@ -171,6 +171,13 @@ def test_the_table_tells_how_the_models_were_judged_and_which_were_forced(
     assert "reward_model, seed 3, helpful: 80.0% of 300 pairs in order, length r +0.50" in shown
     assert "harmless: area under the curve 0.999 on 300 labels, length r -0.03" in shown
     assert (
-        "all_scenario, seed 3, used a weak reward model: helpful share of held-out pairs in order 0.5"
+        "all_scenario, seed 3, used weak reward models: helpful: share of held-out pairs in order is 0.5"
         in shown
     )
+
+
+def test_a_run_that_has_just_warned_does_not_say_it_again(capsys: pytest.CaptureFixture) -> None:
+    judge = {"name": "m", "weaknesses": ["pointwise: agreement is 0.5"]}
+    row = {"stage": "grpo", "seed": 0, "forced_judges": ["helpful: accuracy is 0.5"], "judge": judge}
+    assert len([*compare.notes([row])]) == 2
+    assert [*compare.notes([compare.without_warnings(row)])] == []

@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
+from forked import LIMIT_S
 from test_data_files import composed, config, source
 
 from r1pipe.config.data import LayoutName
@@ -320,7 +321,7 @@ def test_without_a_hub_a_name_is_one_line_within_seconds(tmp_path, variables):
         env=environment | variables | {"HF_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT_S,
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "open/sums:main is no path here, and not to be had from the hub (" in done.stderr

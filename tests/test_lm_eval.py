@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 from hf_models import write_model
+from jinja2.exceptions import SecurityError
 from tiny_runs import load_stage
 
 from r1pipe.config import ParentRef, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.config.script_options import ExportOptions
-from r1pipe.core.errors import ConfigError
+from r1pipe.core.errors import ConfigError, DataError
 from r1pipe.core.paths import content_dir
 from r1pipe.runs.checkpoints import manifest_hash
 from r1pipe.runs.files import write_json
+from r1pipe.runs.harness_tasks import check_tasks
 
 if not os.environ.get("CI"):
     pytest.importorskip("lm_eval", reason="no lm-evaluation-harness; pip install 'r1pipe[lm-eval]'")
@@ -207,6 +209,62 @@ def test_what_cannot_be_measured_is_refused_before_it_runs():
         compose(["stage=evaluate", "parent=any", "benchmark=lm_eval"])
     with pytest.raises(ConfigError, match=r"stage\.eval\.temperature is the task's own"):
         compose(["stage=evaluate", "parent=any", "benchmark=lm_eval/gsm8k", "stage.eval.temperature=1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("task: mine\ndoc_to_text: !function utils.f\n", "mine.yaml:2: !function utils.f would run code"),
+        ("%TAG !e! !func\n---\nx: !e!tion utils.f\n", "mine.yaml:3: !function utils.f would run code"),
+        ("x: !!python/name:os.system ''\n", "mine.yaml:1: tag:yaml.org,2002:python/name:os.system would run"),
+        ("task: mine\ninclude: ../more.txt\n", "more.txt:1: !function os.system would run code"),
+        ("metric_list:\n- {metric: acc}\n- {metric: ./mine}\n", "mine.yaml:3: metric: ./mine would run"),
+        ("metric_list: [{metric: rouge}]\n", "mine.yaml:1: metric: rouge would run code"),
+        ("metric_list: [{metric: acc, hf_evaluate: true}]\n", "hf_evaluate: true would run code"),
+        ("task: mine\nunsafe_code: yes\n", "unsafe_code: yes would run code"),
+        ("task: mine\n x: [\n", "mine.yaml:2 is not YAML"),
+        ("include: gone.yaml\n", "gone.yaml cannot be read (No such file or directory)"),
+    ],
+)
+def test_a_folders_tasks_run_no_code_unless_they_are_trusted(tmp_path, text, told):
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (tmp_path / "more.txt").write_text("doc_to_text: !function os.system\n")
+    (folder / "mine.yaml").write_text(text)
+
+    def check(folder: Path, *words: str) -> None:
+        words = ("benchmark=lm_eval/mine", f"benchmark.harness.tasks={folder}", *words)
+        check_tasks(compose(["stage=evaluate", "parent=any", *words]).config.benchmark, {"acc"})
+
+    with pytest.raises(DataError) as refused:
+        check(folder)
+    assert told in str(refused.value) and "\n" not in str(refused.value)
+    check(folder, "benchmark.harness.trust_code=true")
+    (folder / "mine.yaml").write_text("x: &a [*a]\nunsafe_code: false\nmetric_list: [{metric: acc}]\n")
+    check(folder)
+    with pytest.raises(DataError, match="is no folder"):
+        check(tmp_path / "more.txt")
+
+
+def test_a_folders_tasks_are_refused_before_weights_are_loaded(tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr("r1pipe.train.loading.load_weights", None)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "mine.yaml").write_text("task: mine\nmetric_list: [{metric: rouge}]\n")
+    with pytest.raises(SystemExit):
+        load_stage("evaluate").main(run_of(tmp_path / "run", tmp_path / "tasks", "benchmark=lm_eval/mine"))
+    assert "metric: rouge would run code" in (tmp_path / "run" / "error.txt").read_text()
+
+
+def test_templates_of_a_folders_tasks_reach_their_row_alone(monkeypatch):
+    from lm_eval import utils
+
+    from r1pipe.lm_eval.measuring import sandbox_templates
+
+    monkeypatch.setattr(utils, "env", utils.env)
+    sandbox_templates()
+    assert utils.apply_template("{{a.upper() | regex_replace('B', 'c')}}\n", {"a": "ab"}) == "Ac\n"
+    with pytest.raises(SecurityError):
+        utils.apply_template("{{a.__class__.__mro__[1].__subclasses__()}}", {"a": ""})
 
 
 @pytest.mark.slow  # all of lm_eval's tasks are read

@@ -3,22 +3,17 @@
 from dataclasses import replace
 
 import pytest
-from jobs import engine_config
-from shapes import ours, tiny
 
-from r1pipe.cli import planning as shown
 from r1pipe.config import ModelConfig
 from r1pipe.config.compose import compose
 from r1pipe.config.groups import options
 from r1pipe.config.planning import ClusterConfig, LayoutConfig, PhaseConfig, planning
-from r1pipe.plan import duration, footprint, planner, sizes
-from r1pipe.plan.cut import cuts
+from r1pipe.plan import duration, planner, sizes
 from r1pipe.plan.duration import Passes
-from r1pipe.plan.memory import GIGA, Held, Rollout, in_flight, memory
+from r1pipe.plan.memory import GIGA, Held, Rollout
 from r1pipe.plan.planner import Phase, Plan
 from r1pipe.plan.sampling import decoding, rollout_step
 from r1pipe.plan.work import Work, sent, work
-from r1pipe.train.engine.pipeline_groups import owner_of
 
 
 def shape(name: str) -> ModelConfig:
@@ -154,7 +149,7 @@ def nemo_rl_step(devices: int, tokens: int) -> duration.Seconds:
     model, cluster, layout = v3_on(*given, *words)
     model = replace(model, num_nextn_predict_layers=0)
     lengths = {"prompt": 100, "mean": tokens - 100, "longest": 1536 - 100, "slots": 256}
-    counts = {"prompts": 32, "completions": 512, "steps": 1, "epochs": 1, "judges": 0, "largest_pass": 3072}
+    counts = {"prompts": 32, "completions": 512, "steps": 1, "epochs": 1, "judges": 0}
     rollout = Rollout(**lengths, **counts, reference=True, server=0.5)
     phase = Phase(PhaseConfig("grpo", 512 * tokens, tokens, 512, 1), rollout)
     return planner.planned(model, cluster, layout, phase).step
@@ -163,16 +158,14 @@ def nemo_rl_step(devices: int, tokens: int) -> duration.Seconds:
 def test_nemo_rls_grpo_steps() -> None:
     """134 s on 256 H100, 111 s on 512; 64.1 s on 512 of which half sample and half train, one step apart.
 
-    The last is met, as sampling is all that it waits for. The others are not: half of what they take beside
-    sampling halves with twice the GPUs, and no part of it is products, traffic or bubbles (2.7 s).
+    Of the first, 34 s are left over, which halve with twice the GPUs (18 s of the second).
     """
     apart = nemo_rl_step(256, 710)
     training = apart.total - apart.sampling
     assert max(apart.sampling, training) == pytest.approx(64.1, rel=0.1)
-    for devices, tokens, measured in ((256, 701, 134), (512, 697, 111)):
-        step = nemo_rl_step(devices, tokens)
-        assert 0.45 < step.total / measured < 0.65, "known to be too low"
-        assert step.total - step.sampling < 5
+    assert nemo_rl_step(512, 697).total == pytest.approx(111, rel=0.2)
+    assert 0.65 < nemo_rl_step(256, 701).total / 134 < 0.8, "known to be too low"
+    assert nemo_rl_step(256, 701).refit == pytest.approx(35, rel=0.15), "by its author: NVIDIA-NeMo/RL#1267"
 
 
 ON_CORES = ("cluster=laptop", "layout.zero_level=0", "layout.recompute=none", "layout.micro_batch=8")
@@ -186,27 +179,6 @@ def test_training_steps_measured_on_two_cores() -> None:
         assert step.total == pytest.approx(measured, rel=0.06), name
 
 
-@pytest.mark.parametrize(("name", "measured"), [("bench", 1015), ("laptop", 611)])
-def test_memory_measured_of_training_in_one_process(name: str, measured: float) -> None:
-    """`make bench` (docs/results.md), in MiB: one process of two threads, 16 x 256 tokens in BF16."""
-    model = shape(name)
-    words = ["cluster.devices=1", "layout.micro_batch=16", "layout.precision=bf16"]
-    phase = Phase(PhaseConfig("training", 4096, 256, 16, 1))
-    found = planner.planned(model, *planning([*ON_CORES, *words], model), phase)
-    assert found.memory.total == pytest.approx(measured * 2**20, rel=0.1)
-
-
-def test_a_heap_keeps_what_training_has_freed() -> None:
-    """On GPUs sampling takes it over."""
-    for machines, keeps in (("laptop", True), ("h100x8", False)):
-        words = ["stage=grpo", "recipe=laptop", f"cluster={machines}", "cluster.devices=2"]
-        *given, [phase] = shown.asked(words)
-        held = planner.planned(*given, phase).memory
-        training, sampling = held.activations + held.logits, held.sampler + held.cache
-        kept = held.buffers - given[1].reserved_gb * GIGA
-        assert kept == pytest.approx(min(training, sampling) if keeps else 0, abs=1)
-
-
 @pytest.mark.parametrize(
     ("name", "rows", "measured"),
     [("bench", 64, 0.318), ("bench", 256, 0.994), ("laptop", 64, 0.075), ("laptop", 256, 0.299)],
@@ -216,100 +188,9 @@ def test_sampling_measured_on_two_cores(name: str, rows: int, measured: float) -
     model = shape(name)
     cluster, layout = planning([*ON_CORES], model)
     lengths = {"prompts": rows, "prompt": 64, "completions": rows, "mean": 64, "longest": 64, "slots": 256}
-    lengths["largest_pass"] = 64
     rollout = Rollout(**lengths, steps=1, epochs=1, reference=False, judges=0)
     sampling = rollout_step(model, cluster, layout, rollout, 0).sampling
     assert sampling == pytest.approx(measured, rel=0.25)
-
-
-@pytest.mark.parametrize("nodes", [1, 4])
-def test_deepspeeds_estimators(nodes: int) -> None:
-    """DeepSpeed has one for level 2 and one for level 3, which differ on gradients; none for level 1."""
-    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
-    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
-
-    weights, largest, ranks = 2851 * 10**6, 32 * 10**6, 8 * nodes
-    each = {"weight": 2, "optimizer": 12, "ranks": ranks}
-    of_level_2 = sizes.states(weights, weights, level=2, gradient=2 + 4, **each)
-    of_level_3 = sizes.states(weights, weights, level=3, gradient=4, **each)
-    _, theirs = estimate_zero2_model_states_mem_needs(weights, 8, nodes, cpu_offload=False)
-    assert int(of_level_2.total) == theirs
-    _, theirs, buffers = estimate_zero3_model_states_mem_needs(weights, largest, 8, nodes, cpu_offload=False)
-    assert buffers == 4 * largest
-    assert int(of_level_3.total) + buffers == theirs
-
-
-# --- one memory model
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        "stage=cold_start model=moonlight engine.zero_level=2 stage.batch_size=16 stage.sequence_length=8192",
-        "stage=pretrain engine=cpu data=world stage.max_steps=9",
-        "stage=grpo stage.max_tokens_per_micro_batch=65536 engine.zero_level=2 stage.sampling.max_tokens=512",
-        "stage=grpo engine.recompute=false stage.max_tokens_per_micro_batch=65536 stage.kl_coef=0",
-        "stage=all_scenario stage.max_tokens_per_micro_batch=65536 engine.moments=bf16",
-        "stage=grpo engine.offload=true engine.zero_level=3 engine.sampler=vllm sampler.url=http://host:80",
-        "stage=pretrain model=moonlight engine.zero_level=1 engine.pipeline=4 engine.expert_parallel=2",
-        "stage=grpo model=moonlight engine.zero_level=1 engine.pipeline=2 engine.expert_parallel=4 "
-        "engine.sampler=vllm sampler.url=http://host:80",
-        "stage=cold_start model=moonlight engine.zero_level=1 engine.pipeline=4 engine.schedule=zbv "
-        "engine.recompute=false stage.batch_size=16",
-    ],
-)
-def test_the_check_before_a_run_and_the_planner_agree(words: str) -> None:
-    given = [
-        "recipe=gpu",
-        "engine.ranks=8",
-        "stage.max_steps=400",
-        "stage.eval.max_tokens=512",
-        *words.split(),
-    ]
-    config = compose(given).config
-    need = footprint.needed(config, prompt=100)
-    asked = [*given, "cluster=h100x8", "layout.prompt_tokens=100"]
-    model, cluster, layout, [phase] = shown.asked(asked)
-    held = planner.planned(model, cluster, layout, phase).memory
-    assert held.total - held.buffers == pytest.approx(need.peak)
-    assert held.logits == need.logits and held.cache == need.cache
-
-
-def test_a_pipeline_and_experts_share_what_zero_does_not() -> None:
-    """Megatron's 6 + 12 / DP bytes of a weight, experts over their own ranks; all ranks alike."""
-    model = shape("v3")
-    for schedule, copies in (("zb1p", 1), ("dualpipe", 2)):
-        words = ["layout.pipeline=16", "layout.expert_parallel=64", f"layout.schedule={schedule}"]
-        given = ["cluster=h800x2048", "layout=default"]
-        cluster, layout = planning([*given, "layout.zero_level=1", *words], model)
-        held = memory(model, layout, cluster, 4096, 120)
-        routed = sizes.routed(model)
-        dense, experts = (sizes.parameters(model) - routed) / 16, routed / 16 / 64
-        assert held.weights + held.gradients == pytest.approx(6 * copies * (dense + experts))
-        assert held.moments == pytest.approx(12 * (dense / 128 + experts / 2))
-
-
-@pytest.mark.parametrize("schedule", ["1f1b", "zbv", "dualpipev"])
-def test_a_pipeline_of_the_engine_is_counted_as_it_is_cut(schedule: str) -> None:
-    model = tiny(num_hidden_layers=11, first_k_dense_replace=2, num_nextn_predict_layers=1)
-    engine = replace(engine_config(), pipeline=4, schedule=schedule)
-    own = [0] * 4
-    for name, weight in ours(model).named_parameters():
-        own[owner_of(name, 11, engine)] += weight.numel() if weight.ndim > 1 else 0
-    shares = cuts(model, schedule, 4, micro_batches=3)
-    assert [sizes.parameters(share.model) for share in shares] == own
-    assert [share.passes for share in shares] == ([3, 3, 2, 1] if schedule == "1f1b" else [3] * 4)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "stages", "kept"),
-    [("1f1b", 1, 8), ("1f1b", 4, 8 + 7 / 4), ("zb1p", 1, 8), ("dualpipe", 1, 9)],
-)
-def test_activations_of_micro_batches_in_flight(schedule: str, stages: int, kept: float) -> None:
-    words = ["cluster=h800x2048", f"layout.schedule={schedule}", f"layout.virtual_stages={stages}"]
-    layout = planning([*words, "layout.pipeline=8"], shape("v3"))[1]
-    assert in_flight(layout, 1000) == pytest.approx(kept / 8)
-    assert in_flight(layout, 2) == 2 / 8, "no more than there are"
 
 
 def test_tokens_go_once_to_each_machine_that_their_groups_lie_on() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import LIMIT_S, wait_until
 from hf_models import write_model
 
 from r1pipe.chat.answerer import AnswerParams
@@ -45,7 +46,7 @@ MODEL = "tiny"
 
 def ask(server: Server, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
     """Status and content of a reply; `body`: JSON, or bytes as they are; None: GET."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=120)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=LIMIT_S)
     data = body if isinstance(body, bytes) or body is None else json.dumps(body)
     connection.request("GET" if body is None else "POST", path, data, headers)
     reply = connection.getresponse()
@@ -56,7 +57,7 @@ def ask(server: Server, path: str, body: Any = None, **headers: str) -> tuple[in
 
 def events(server: Server, path: str, body: dict) -> list[Any]:
     """The events of a streamed reply, [DONE] at the end."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=120)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=LIMIT_S)
     connection.request("POST", path, json.dumps(body | {"stream": True}))
     reply = connection.getresponse()
     assert reply.status == 200, reply.read()
@@ -109,7 +110,7 @@ def server(request: pytest.FixtureRequest) -> Server:
 
 def idle(server: Server) -> bool:
     """Whether nothing is drawn any more, after a while for it to end."""
-    ends = time.monotonic() + 60
+    ends = time.monotonic() + LIMIT_S
     while server.engine.state() != (0, 0) and time.monotonic() < ends:
         time.sleep(0.02)
     return server.engine.state() == (0, 0)
@@ -418,7 +419,7 @@ def raw(server: Server, *parts: bytes, pause: float = 0.0) -> bytes:
     """What the server says to bytes that are no proper request."""
     found = b""
     with (
-        socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as connection,
+        socket.create_connection(("127.0.0.1", server.server_port), timeout=LIMIT_S) as connection,
         suppress(ConnectionError),
     ):
         for part in parts:
@@ -449,18 +450,20 @@ def test_a_body_that_is_too_large_is_refused_and_the_client_reads_why():
 
 
 def test_a_client_that_is_silent_is_left_and_others_are_answered():
-    with served(BASE, client_s=0.5, max_connections=3) as server:
+    with served(BASE, client_s=2.0) as server:
         began = b"POST /v1/completions HTTP/1.1\r\nContent-Length: 100\r\n\r\n{"
         assert raw(server, began) == b""
         assert raw(server, b"GET /v1") == b""
-        assert b" 408 " in raw(server, began, *[b" "] * 3, pause=0.3)
+        assert b" 408 " in raw(server, began, *[b" "] * 9, pause=0.3)
+
+
+def test_beyond_its_connections_it_asks_to_come_back():
+    with served(BASE, client_s=LIMIT_S, max_connections=3) as server:
         held = [socket.create_connection(("127.0.0.1", server.server_port)) for _ in range(3)]
-        time.sleep(0.2)
-        assert ask(server, "/health")[0] == 503
+        wait_until(lambda: ask(server, "/health")[0] == 503, "the refusal")
         for connection in held:
             connection.close()
-        time.sleep(0.2)
-        assert ask(server, CHAT, talk())[0] == 200
+        wait_until(lambda: ask(server, CHAT, talk())[0] == 200, "a place")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -476,22 +479,37 @@ def test_the_work_for_a_client_that_has_gone_is_dropped(qwen, stream):
     assert min(answer.told for answer in told) < 900, "they were not drawn to the end"
 
 
-def test_beyond_its_limits_it_asks_to_come_back():
-    with served(BASE, max_num_seqs=1, max_waiting=2, request_s=0.7) as server:
-        hold = threading.Event()
-        first = server.engine._refill
-        server.engine._refill = lambda: (hold.wait(60), first())  # type: ignore[method-assign]
-        with ThreadPoolExecutor(3) as pool:
+@contextmanager
+def held_up(server: Server) -> Iterator[None]:
+    """Nothing is drawn here."""
+    hold, first = threading.Event(), server.engine._refill
+    server.engine._refill = lambda: (hold.wait(LIMIT_S), first())  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        hold.set()
+        server.engine._refill = first  # type: ignore[method-assign]
+
+
+def test_beyond_its_places_it_asks_to_come_back():
+    with (
+        served(BASE, max_num_seqs=1, max_waiting=2, request_s=LIMIT_S) as server,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        with held_up(server):
             waits = [pool.submit(ask, server, CHAT, talk()) for _ in range(2)]
             while sum(server.engine.state()) < 2:
                 time.sleep(0.01)
             assert ask(server, CHAT, talk())[0] == 429
-            late = [wait.result() for wait in waits]
-            assert [status for status, _ in late] == [503, 503]
-            assert "serve.request_s" in late[0][1]["error"]["message"]
-            hold.set()
-        server.engine._refill = first  # type: ignore[method-assign]
-        assert idle(server) and ask(server, CHAT, talk(max_tokens=1))[0] == 200
+        assert [wait.result()[0] for wait in waits] == [200, 200]
+
+
+def test_what_is_not_drawn_in_time_is_given_up():
+    with served(BASE, request_s=0.3) as server:
+        with held_up(server):
+            status, content = ask(server, CHAT, talk())
+        assert status == 503 and "serve.request_s" in content["error"]["message"]
+        assert idle(server)
 
 
 def test_our_own_client_is_answered(server, monkeypatch):
@@ -537,6 +555,35 @@ def test_a_key_is_asked_for_and_pages_of_other_sites_are_not_answered(monkeypatc
     with served(BASE) as server:
         assert ask(server, "/v1/models", Origin="https://elsewhere.example")[0] == 403
         assert ask(server, "/v1/models", Origin=f"http://127.0.0.1:{server.server_port}")[0] == 200
+
+
+def asked_as(server: Server, *hosts: str) -> bytes:
+    """The reply to a request whose Host header is as a page would send it whose name leads here."""
+    headers = "".join(f"Host: {host}\r\n" for host in hosts)
+    return raw(server, f"GET /v1/models HTTP/1.1\r\n{headers}Connection: close\r\n\r\n".encode())
+
+
+def test_a_name_that_was_made_to_lead_here_is_refused(monkeypatch):
+    with served(BASE) as server:
+        port = server.server_port
+        mine = ("localhost", f"localhost:{port}", f"LocalHost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}")
+        for host in mine:
+            assert asked_as(server, host).startswith(b"HTTP/1.1 200 "), host
+        others = ("evil.example", f"evil.example:{port}", "localhost.evil.example", "127.0.0.1.evil.example")
+        for host in (*others, "10.0.0.1", "", "a b", "localhost:x", "[::1", "\x00", "me@evil.example"):
+            reply = asked_as(server, host)
+            assert reply.startswith(b"HTTP/1.1 403 ") and b"this server is not called" in reply, host
+        assert b"a key in $R1PIPE_SERVE_KEY" in asked_as(server, "evil.example")
+        assert asked_as(server, f"localhost:{port}", "evil.example").startswith(b"HTTP/1.1 403 ")
+    monkeypatch.setattr(socket, "gethostname", lambda: "Node7")
+    with served(BASE, host="0.0.0.0") as server:
+        for host in ("10.0.0.1:9", "node7", "localhost", "[fe80::1]:80"):
+            assert asked_as(server, host).startswith(b"HTTP/1.1 200 "), host
+        assert asked_as(server, "evil.example").startswith(b"HTTP/1.1 403 ")
+    monkeypatch.setenv("R1PIPE_SERVE_KEY", "geheim")
+    with served(BASE) as server:  # a page of another site has no key, and a proxy may have any name
+        assert asked_as(server, "api.example").startswith(b"HTTP/1.1 401 ")
+        assert ask(server, "/v1/models", Host="api.example", Authorization="Bearer geheim")[0] == 200
 
 
 def test_damaged_weights_are_an_error_of_that_request(tmp_path):
@@ -597,7 +644,7 @@ def test_a_signal_lets_answers_end_and_the_command_leave(number):
     with command("serve.grace_s=60", "--name", "base") as (process, shown, port):
         assert f"curl http://127.0.0.1:{port}/v1/chat/completions" in shown and "warning" not in shown
         body = json.dumps(talk("Use 1, 2.", max_tokens=300, temperature=3.0, n=6, stream=True, model="base"))
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT_S)
         connection.request("POST", CHAT, body)
         reply = connection.getresponse()
         begun = reply.read1(100)
@@ -605,7 +652,7 @@ def test_a_signal_lets_answers_end_and_the_command_leave(number):
         process.send_signal(number)
         rest = reply.read()
         assert rest.endswith(b"data: [DONE]\n\n"), "the answer under way was finished"
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=LIMIT_S)
         assert (process.returncode, err) == (0, "")
 
 

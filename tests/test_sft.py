@@ -237,6 +237,18 @@ def test_rejection_sampling_keeps_shards_filters_and_tells_origins(sampled, chat
     assert all(trace.source for trace in demonstrations) and len(data_hash) == 64
 
 
+def test_reasoning_and_general_prompts_are_sampled_with_streams_of_their_own(sampled, chat):
+    folder, source, prompts, sampler = sampled
+    seeds = []
+    with open_run(folder) as run:
+        run.chat, run.data, run._sampler = chat, source, sampler
+        for name in (rejection.REASONING, rejection.GENERAL):
+            shards = rejection.draw_samples(run, Ranks(engine_config()), prompts[:2], name)
+            texts = [sample.completion.text for sample in rejection.drawn_in_order(shards, 2)]
+            seeds += {text.split()[-1] for text in texts if text.startswith("I give up")}
+    assert len(seeds) == 2 and seeds[0] != seeds[1]
+
+
 def test_a_context_is_kept_from_the_draw_to_the_dataset(sampled, chat):
     folder, source, prompts, sampler = sampled
     before = (Message("system", "Be brief."), Message("user", "Hello."), Message("assistant", "Hi."))

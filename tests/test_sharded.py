@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_models import write_model
-from jobs import OPTIM, ROUTER, engine_config, on_two_ranks, tiny, tiny_model
+from jobs import OPTIM, ROUTER, engine_config, launched, on_two_ranks, tiny, tiny_model
 from test_engine import batch, loss_of
 
 from r1pipe.model import DeepseekV3, Policy, load_pretrained, save_pretrained
@@ -132,5 +132,5 @@ def test_the_memory_of_a_rank_falls_as_their_number_grows(tmp_path: Path, traini
     save_pretrained(model, tmp_path)
     (tmp_path / training).mkdir()
     share = sum(parameter.numel() for parameter in model.parameters()) / ranks * SHARED[training] / 2**20
-    for most in on_two_ranks("ranks_memory.py", tmp_path / training, ranks):
+    for most in launched("ranks_memory.py", tmp_path / training, ranks):
         assert most < share + FIXED

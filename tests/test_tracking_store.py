@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from forked import LIMIT_S
 from runfolders import build
 from test_tracking import client_of, empty_store, read_config, root, stage_runs  # noqa: F401 (fixtures)
 from tracker import twice, view
@@ -236,7 +237,7 @@ def test_the_ui_prints_the_link_once_it_answers_also_to_the_machines_name_and_le
             data=b'{"max_results": 5}',
             headers={"Host": name, "Origin": f"http://{name}", "Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(asked, timeout=60) as answer:
+        with urllib.request.urlopen(asked, timeout=LIMIT_S) as answer:
             assert "r1pipe" in answer.read().decode()
     finally:
         shown.send_signal(signal.SIGTERM)

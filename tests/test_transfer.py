@@ -4,7 +4,9 @@ The losses are in tests/test_distill_losses.py; what is got out of a teacher, in
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from hf_models import write_model
 from jobs import on_two_ranks
 from rl_runs import metrics_of
 from safetensors.torch import load_file
+from test_metrics import unlisted
 from tiny_runs import load_stage, tiny_config, tiny_run
 from torch import Tensor
 
@@ -32,13 +35,22 @@ from r1pipe.train.distill.divergence import OwnRow, StoredExample, StoredRow, pr
 from r1pipe.train.distill.on_policy import TeacherAdvantages, with_prompts
 from r1pipe.train.distill.ranking import TokenizedPair, in_parts
 from r1pipe.train.extract.alignment import TopK
+from r1pipe.train.extract.dataset import COLUMNS
 from r1pipe.train.rl.batch import Rollout
 from r1pipe.train.run import open_run
 
 STUDENT = "model.hidden_size=16"
-ASKED = ["stage.prompts=6", "stage.samples_per_prompt=2", "stage.sampling.max_tokens=80"]
+ASKED = ["stage.prompts=6", "stage.sampling.max_tokens=80"]
 ALL = ["stage.filters.correct_only=false", "stage.filters.well_formed=false"]
-SMALL = ["stage=distill", STUDENT, "stage.max_steps=3", "stage.batch_size=2", "stage.epochs=9", *ASKED, *ALL]
+SMALL = ["stage=distill", STUDENT, "stage.max_steps=3", *ASKED]
+
+
+def small(*words: str) -> list[str]:
+    """Small answers and batches for the method of these words: a key that it does not read is refused."""
+    if "stage.transfer=rl" in words:
+        return []
+    filters = [] if "stage.extract=feedback" in words else ALL
+    return ["stage.samples_per_prompt=2", "stage.batch_size=2", "stage.epochs=9", *filters]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +64,8 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> ParentRef:
 def go(folder: Path, *words: str, student: ParentRef) -> RunFolder:
     """A distillation from the bundled base, in this process."""
     if not folder.exists():
-        tiny_run(folder, *SMALL, *words, weights=student, teacher=lineage.bundled())
+        small_run = [*SMALL, *small(*words), *words]
+        tiny_run(folder, *small_run, weights=student, teacher=lineage.bundled())
     load_stage("distill").main(str(folder))
     return RunFolder(folder)
 
@@ -114,6 +127,7 @@ def test_a_way_in_trains_and_resumes_exactly(
     assert record["steps"] == 3 and record["data_hash"] == checkpoints.file_hash(whole.dataset)
     rows = metrics_of(whole.path)
     assert len(rows) == 3 and all(LOGGED[name] <= row.keys() for row in rows)
+    assert not unlisted(name for row in rows for name in row)
     before = load_file(Path(student.checkpoint) / "model.safetensors")
     after = load_file(whole.checkpoint(3) / "model.safetensors")
     assert any(not torch.equal(before[key], after[key]) for key in before), "something was learned"
@@ -232,7 +246,8 @@ def stored_example(prompt: int, answer: list[int], known: bool = True) -> Stored
     tokens = [*range(prompt), *answer]
     ids = np.array(answer, np.int32)[:, None] if known else np.full((len(answer), 1), -1, np.int32)
     top = TopK(ids, np.full(ids.shape, -0.5, np.float16), np.full(len(answer), -1.0, np.float16))
-    return StoredExample(tokens, [False] * prompt + [True] * len(answer), top)
+    loss = [False] * prompt + [True] * len(answer)
+    return StoredExample(tokens, loss, [top], 0, len(answer) if known else 0)
 
 
 def test_stored_probabilities_stay_with_their_tokens_through_packing() -> None:
@@ -262,14 +277,13 @@ def test_pairs_go_in_micro_batches_whole_and_longest_first() -> None:
     assert [len(part) for part in in_parts(pairs, 1, 1)] == [1, 1, 1], "a pair is not split"
 
 
-def write_rows(path: Path, *rows: tuple[str, str, float | None]) -> Path:
-    from r1pipe.train.extract.dataset import COLUMNS
-
+def write_rows(path: Path, *rows: tuple[str, str, float | None], pairs: Sequence[int | None] = ()) -> Path:
     stored = []
-    for question, response, score in rows:
+    for (question, response, score), pair in zip_longest(rows, pairs):
         prompt = Prompt(question, "word", "en", question, "" if score is None else "1")
-        stored.append(samples.row_of(Demonstration(prompt, response), "reasoning") | {"score": score})
-    samples.write(path, stored, {"score": COLUMNS["score"]})
+        more = {"score": score, "pair": pair}
+        stored.append(samples.row_of(Demonstration(prompt, response), "reasoning") | more)
+    samples.write(path, stored, {name: COLUMNS[name] for name in ("score", "pair")})
     return path
 
 
@@ -285,6 +299,17 @@ def test_the_best_answer_is_paired_with_the_worst_while_scores_differ(tmp_path: 
     assert [(pair.prompt.question, pair.chosen, pair.rejected) for pair in found] == [("a", "best", "worst")]
     with pytest.raises(DataError, match="have different scores"):
         transfer.pairs_by_score(write_rows(tmp_path / "same.parquet", rows[1], rows[3], rows[4]))
+
+
+def test_a_correction_is_paired_with_the_answer_that_it_corrects(tmp_path: Path) -> None:
+    rows = [
+        *(("a", "first, better", 1.0), ("a", "first", 0.0)),
+        *(("a", "second, better", 1.0), ("a", "second", 0.0)),
+        ("a", "third", 0.0),  # its correction was dropped
+    ]
+    path = write_rows(tmp_path / "rows.parquet", *rows, pairs=[0, 0, 1, 1, 2])
+    found = [(pair.chosen, pair.rejected) for pair in transfer.pairs_by_score(path)]
+    assert found == [("first, better", "first"), ("second, better", "second")]
 
 
 # --- reinforcement
@@ -322,20 +347,23 @@ class Likes:
 
 def test_each_tokens_advantage_is_the_completions_and_the_teachers() -> None:
     stage = tiny_config("stage=grpo", "stage.max_tokens_per_micro_batch=8").stage
-    teacher = TeacherAdvantages(Likes(), stage, coef=0.5)  # type: ignore[arg-type]
+    teacher = TeacherAdvantages(Likes(), stage, coef=0.5, discount=0.0)  # type: ignore[arg-type]
     teacher.ranks = type("Ranks", (), {"sum_over_ranks": staticmethod(lambda values: values)})()
     rollouts = [
         Rollout([1, 2], Completion([3, 4], [-1.0, -5.0], "stop"), 1.0, True),
         Rollout([1], Completion([5], [-3.5], "stop"), -2.0, True),
     ]
     metrics = teacher.set_advantages(rollouts)
-    assert [rollout.advantages for rollout in rollouts] == [[0.0, 2.0], [-1.75]]
+    mean = (-1.0 + 1.0 + 0.25) / 3  # of the teacher's part, which is taken off
+    expected = [[1.0 - 1.0 - mean, 1.0 + 1.0 - mean], [-2.0 + 0.25 - mean]]
+    for rollout, advantages in zip(rollouts, expected, strict=True):
+        assert rollout.advantages == pytest.approx(advantages)
     assert metrics["distill/reverse_kl"] == pytest.approx((2.0 - 2.0 - 0.5) / 3)
     assert metrics["distill/teacher_tokens"] == 3
     from r1pipe.train.rl.batch import collate
 
     micro = collate(rollouts, [1.0, 1.0], 0.0, torch.device("cpu"))
-    assert micro.advantages_N.tolist() == [0.0, 2.0, -1.75], "what the update reads"
+    assert micro.advantages_N.tolist() == pytest.approx([*expected[0], *expected[1]]), "what the update reads"
 
 
 # --- what is refused
@@ -409,7 +437,8 @@ def test_two_ranks_learn_what_one_does(student: ParentRef, tmp_path: Path) -> No
         alone[name] = metrics_of(go(tmp_path / name, *METHODS[name], *words, student=student).path)
         more = ["engine.ranks=2", f"engine.zero_level={level}"]
         folder = tmp_path / f"distill-{name}"
-        tiny_run(folder, *SMALL, *METHODS[name], *words, *more, weights=student, teacher=lineage.bundled())
+        small_run = [*SMALL, *small(*METHODS[name]), *METHODS[name], *words, *more]
+        tiny_run(folder, *small_run, weights=student, teacher=lineage.bundled())
     found = on_two_ranks("two_ranks_transfer.py", tmp_path)
     for name, rows in alone.items():
         for one, two in zip(rows, found[f"distill-{name}"], strict=True):
@@ -427,7 +456,9 @@ def test_a_dense_student_learns_through_adapters(name: str, tmp_path: Path) -> N
     words = ["model=hf", f"model.path={folders[0]}", "model.lora.rank=2", "stage.max_steps=2", "teacher=b"]
     words += ["stage=distill", "recipe=smoke", "engine.ranks=1", "engine.threads=1", "stage.eval.problems=2"]
     any_text = ["stage.filters.min_language_consistency=0.0", "stage.filters.max_repetition=1.0"]
-    asked = [*ASKED, *ALL, *any_text, "stage.prompts=24", "stage.epochs=9"]
+    asked = [*ASKED, "stage.prompts=24"]
+    if of_answers := small(*METHODS[name]):
+        asked += [*of_answers, *any_text]
     config = compose([*words, *asked, *METHODS[name]]).config
     folder = tmp_path / "run"
     folder.mkdir()

@@ -5,8 +5,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import psutil
 import pytest
 from fake_vllm import fake_vllm
 from fake_vllm_samplers import WORDS, drawn, opened, other_model
+from forked import wait_until
 from jobs import tiny, tiny_model
 
 from r1pipe.config.compose import compose
@@ -56,16 +55,9 @@ def server_of(tmp_path: Path, python: Path, **changed: Any) -> Server:
     return Server(config, served, folder, tmp_path / "vllm.txt")
 
 
-def eventually(true: Callable[[], object], seconds: float = 60.0) -> bool:
-    ends = time.monotonic() + seconds
-    while not true() and time.monotonic() < ends:
-        time.sleep(0.02)
-    return bool(true())
-
-
 def processes(tmp_path: Path) -> list[int]:
     told = tmp_path / "told"
-    assert eventually(lambda: told.exists() and len(told.read_text().split()) == 2)
+    wait_until(lambda: told.exists() and len(told.read_text().split()) == 2, "its processes' numbers")
     return [int(word) for word in told.read_text().split()]
 
 
@@ -80,7 +72,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path, python: Path) -> 
     with pytest.raises(SamplerLost, match=r"vLLM did not start: ValueError: thirteen is too many; see .*txt"):
         server.start(lambda passed, limit: None)
     server.close()
-    assert eventually(lambda: gone(processes(tmp_path)))
+    wait_until(lambda: gone(processes(tmp_path)), "their end")
 
 
 def test_a_server_that_takes_too_long_is_ended_with_all_its_processes(tmp_path: Path, python: Path) -> None:
@@ -90,7 +82,7 @@ def test_a_server_that_takes_too_long_is_ended_with_all_its_processes(tmp_path: 
         server.start(lambda *passed: shown.append(passed))
     assert shown and not server.alive()
     if (tmp_path / "told").exists():
-        assert eventually(lambda: gone(processes(tmp_path)))
+        wait_until(lambda: gone(processes(tmp_path)), "their end")
     assert not server.alive()
 
 
@@ -104,7 +96,7 @@ def test_a_server_ends_with_the_job_however_that_ends(tmp_path: Path, python: Pa
     assert not gone(pids)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert eventually(lambda: gone(pids))
+    wait_until(lambda: gone(pids), "their end")
 
 
 def test_what_a_server_is_started_with(tmp_path: Path, python: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Run by the launcher on two ranks, from test_buckets.py: weights in buckets at each ZeRO level."""
+"""Run on two ranks, from test_buckets.py: weights in buckets at each ZeRO level."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Run by the launcher on two ranks, from test_doctor.py: the checks under ZeRO-3, and faults of one rank."""
+"""Run on two ranks, from test_doctor.py: the checks under ZeRO-3, and faults of one rank."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Run by the launcher on two ranks, from test_extract.py: extraction, in which ranks share the work."""
+"""Run on two ranks, from test_extract.py: extraction, in which ranks share the work."""
 
 import json
 import sys

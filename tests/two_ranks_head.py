@@ -1,4 +1,4 @@
-"""Run by the launcher on two ranks, from test_head.py: ranks with other numbers of chunks and batches."""
+"""Run on two ranks, from test_head.py: ranks with other numbers of chunks and batches."""
 
 import json
 import sys

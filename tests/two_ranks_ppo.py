@@ -1,4 +1,4 @@
-"""Run by the launcher on two ranks, from test_ppo.py: the engines of a policy and a value model in turn."""
+"""Run on two ranks, from test_ppo.py: the engines of a policy and a value model in turn."""
 
 import json
 import sys

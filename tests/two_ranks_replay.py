@@ -1,4 +1,4 @@
-"""Run by the launcher on two ranks, from test_routing_replay.py: updates with replayed experts at each ZeRO
+"""Run on two ranks, from test_routing_replay.py: updates with replayed experts at each ZeRO
 level and one with live ones, and what the weights became."""
 
 import json

@@ -1,4 +1,4 @@
-"""Run by the launcher on two ranks, from test_engine.py: goes on from what one rank has saved, and saves."""
+"""Run on two ranks, from test_engine.py: goes on from what one rank has saved, and saves."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Run by the launcher on two ranks, from test_transfer.py: distillations whose engines share out weights."""
+"""Run on two ranks, from test_transfer.py: distillations whose engines share out weights."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Run by the launcher on two ranks, from test_vllm_faults.py: a fake vLLM server, and weights under ZeRO-3.
+"""Run on two ranks, from test_vllm_faults.py: a fake vLLM server, and weights under ZeRO-3.
 
 Rank 0 holds the server. The faults hit the prompts of one rank; both ranks must go the same way.
 """

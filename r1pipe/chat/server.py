@@ -1,28 +1,23 @@
 """A server that answers prompts, in OpenAI's protocol: `r1pipe serve`, vLLM, SGLang, or a provider's."""
 
-import json
-import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from http.client import HTTPException
+from itertools import islice
 from typing import Any
-from urllib.error import HTTPError
-from urllib.parse import urlsplit
 
 from r1pipe.chat.answerer import AnswerParams, Identity, Progress, Spent
 from r1pipe.chat.template import compose_response
 from r1pipe.config import AnswererConfig
-from r1pipe.core import http
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.types import Completion, Message, Prompt
 from r1pipe.runs import heartbeat, stopping
+from r1pipe.runs.servers import base_url, request, served_model
 
-REPLY_LIMIT = 1 << 26  # bytes
-BACKOFF_S = 1.0  # before the second try; twice as long before each further one
 SEEDS = 2**31  # servers take 32 bits
+QUEUED = 2  # times `parallel` prompts wait or are asked, so that a reply is followed by a request at once
 
 
 class ServerAnswerer:
@@ -30,16 +25,9 @@ class ServerAnswerer:
 
     def __init__(self, key: str, url: str, config: AnswererConfig):
         """`key` is what the user wrote the `url` to. Raises EnvironmentProblem where no server answers."""
-        self.key, self.config = key, config
-        self.url = url.rstrip("/") if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/v1"
+        self.key, self.config, self.url = key, config, base_url(url)
         self.spent, self._lock = Spent(), threading.Lock()
-        served = [str(model.get("id")) for model in self._listed()]
-        self.model = config.served_name or next(iter(served), "")
-        if self.model not in served:
-            raise EnvironmentProblem(
-                f"{key}={url} serves {', '.join(served) or 'no model'} and not {self.model or 'any'}; "
-                "choose one with served_name"
-            )
+        self.model = served_model(key, url, config)
         self.identity = Identity("server", f"{self.url} {self.model}", self.model, config.licence or "")
 
     def answer(
@@ -47,24 +35,47 @@ class ServerAnswerer:
     ) -> list[list[Completion]]:
         """As Answerer's. Raises Stopped on a request to stop; answers under way are then lost."""
         answers: list[list[Completion]] = [[] for _ in prompts]
-        began, total = time.monotonic(), len(prompts) * params.n
-        pool = ThreadPoolExecutor(self.config.parallel)
+        done = 0
+        for i, found in self.as_they_come([*enumerate(prompts)], params):
+            answers[i], done = found, done + len(found)
+            if progress:
+                progress(done, len(prompts) * params.n)
+        return answers
+
+    def as_they_come(
+        self, prompts: Iterable[tuple[int, Prompt]], params: AnswerParams
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """(i, answers) of each (i, prompt) as soon as they are there; `parallel` requests are under way until
+        the last prompt. After a failure nothing more is asked, and the answers under way still come.
+
+        Raises EnvironmentProblem where the server is lost, and Stopped on a request to stop.
+        """
+        left, parallel = iter(prompts), self.config.parallel
+        waiting: dict[Future[list[Completion]], int] = {}
+        pool, failure, began = ThreadPoolExecutor(parallel), None, time.monotonic()
         try:
-            futures = {pool.submit(self._answers, i, prompt, params): i for i, prompt in enumerate(prompts)}
-            waiting: set[Future[list[Completion]]] = set(futures)
-            while waiting:
-                done, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
+            while True:
+                for i, prompt in islice(left, 0 if failure else QUEUED * parallel - len(waiting)):
+                    waiting[pool.submit(self._answers, i, prompt, params)] = i
+                if not waiting:
+                    break
+                done, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
                 heartbeat.tick()
+                self.spent.seconds, began = self.spent.seconds + time.monotonic() - began, time.monotonic()
+                for future in done:
+                    if problem := future.exception():
+                        failure = failure or problem
+                        waiting.pop(future)
+                    else:
+                        yield waiting.pop(future), future.result()
                 if stopping.requested():
                     raise stopping.Stopped
-                for future in done:
-                    answers[futures[future]] = future.result()
-                if progress and done:
-                    progress(sum(map(len, answers)), total)
+                if failure:
+                    waiting = {future: i for future, i in waiting.items() if not future.cancel()}
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            self.spent.seconds += time.monotonic() - began
-        return answers
+        if failure:
+            raise failure
 
     def close(self) -> None:
         """Nothing is held."""
@@ -82,7 +93,7 @@ class ServerAnswerer:
             **({"logprobs": True, "top_logprobs": params.top_logprobs} if params.top_logprobs else {}),
             **more,
         }
-        reply = self._ask("/chat/completions", body)
+        reply = request(self.key, self.url, "/chat/completions", body, self.config)
         self._count(reply.get("usage"))
         return reply
 
@@ -99,12 +110,6 @@ class ServerAnswerer:
             answers += [_completion(choice) for choice in choices]
         return answers[: params.n]
 
-    def _listed(self) -> list[dict[str, Any]]:
-        listed = self._ask("/models", None).get("data")
-        if not isinstance(listed, list):
-            raise EnvironmentProblem(f"{self.key}: {self.url}/models lists no models; is it a chat server?")
-        return [model for model in listed if isinstance(model, dict)]
-
     def _count(self, usage: Any) -> None:
         used = usage if isinstance(usage, dict) else {}
         read, drawn = (int(used.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion"))
@@ -117,32 +122,6 @@ class ServerAnswerer:
                 read * price.usd_per_million_prompt_tokens + drawn * price.usd_per_million_completion_tokens
             )
             self.spent.usd += cost / 1e6
-
-    def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        """The reply, a JSON object. Raises EnvironmentProblem where there is none after all tries."""
-        key = os.environ.get(self.config.key_variable)
-        why = ""
-        for attempt in range(self.config.retries + 1):
-            if attempt:
-                time.sleep(BACKOFF_S * 2 ** (attempt - 1))
-            try:
-                content = http.request(f"{self.url}{path}", body, key, self.config.timeout_s, REPLY_LIMIT)
-                reply = json.loads(content)
-                if isinstance(reply, dict):
-                    return reply
-                why = "no JSON object"
-            except (OSError, HTTPException) as error:
-                why = http.reason(error)
-                if isinstance(error, HTTPError) and not http.may_recover(error):
-                    break
-            except (ValueError, RecursionError) as error:
-                why = f"no JSON ({error})"
-        if key:
-            why = why.replace(key.strip(), "***")
-        raise EnvironmentProblem(
-            f"{self.key}: {self.url}{path} fails ({why}; {attempt + 1} requests); see that the server runs, "
-            f"with its key in ${self.config.key_variable} if it wants one, and run the same command again"
-        )
 
 
 def _completion(choice: Any) -> Completion:

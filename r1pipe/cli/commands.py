@@ -71,7 +71,7 @@ def run_to_end(config: RunConfig, fresh: bool = False) -> int:
     plan = pipeline.plan_run(parents.with_parents(config), fresh)
     code = pipeline.run_stage(plan)
     if plan.done:
-        compare.show([results.row(StoredRun.read(plan.run))])
+        compare.show([compare.without_warnings(results.row(StoredRun.read(plan.run)))])
         print(f"run folder: {plan.run.path}")
     return code
 

@@ -127,6 +127,16 @@ def _benchmarks(rows: list[dict], left_out: Sequence[str]) -> Table:
     return table
 
 
+def without_warnings(row: dict) -> dict:
+    """The row of a run that has just ended, without what its job has warned of."""
+    kept = {name: value for name, value in row.items() if name != "forced_judges"}
+    if judge := kept.get("judge"):
+        kept["judge"] = {**judge, "weaknesses": []}
+    if judged := kept.get("judged"):
+        kept["judged"] = {**judged, "judge": {**judged["judge"], "weaknesses": []}}
+    return kept
+
+
 def notes(table_rows: list[dict]) -> Iterator[str]:
     """How many samples and problems the rows were measured on, in one line where all are alike; then the
     quality of each reward model, and which weak ones a stage was forced to use."""
@@ -142,11 +152,11 @@ def notes(table_rows: list[dict]) -> Iterator[str]:
         whose = f"{row['stage']}, seed {row['seed']}"
         for kind, measured in (row.get("reward_models") or {}).items():
             yield f"{whose}, {reward_model_quality.describe(kind, measured)}"
-        for weakness in row.get("forced_judges") or ():
-            yield f"{whose}, used a weak reward model: {weakness}"
+        if weaknesses := row.get("forced_judges"):
+            yield f"{whose}, used weak reward models: {'; '.join(weaknesses)}"
         judge = row.get("judge") or (row.get("judged") or {}).get("judge") or {}
-        for weakness in judge.get("weaknesses") or ():
-            yield f"{whose}, used a weak judge: {weakness}"
+        if weaknesses := judge.get("weaknesses"):
+            yield f"{whose}, used a weak judge: {'; '.join(weaknesses)}"
         if judged := row.get("judged"):
             yield f"{whose}, {describe_judged(judged)}"
         if len(table_rows) == 1 and row.get("refusals"):

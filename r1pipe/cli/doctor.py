@@ -21,6 +21,7 @@ from r1pipe.plan import footprint
 from r1pipe.runs import machine
 from r1pipe.runs.files import write_json
 from r1pipe.runs.findings import FAIL, PASS, Finding
+from r1pipe.runs.servers import check_servers
 from r1pipe.tracking.store import check_server_answers, is_server, store_uri
 
 
@@ -28,7 +29,7 @@ def doctor(overrides: list[str], as_json: bool) -> int:
     """Examine one stage and show the findings: 0, or 1 if a check failed. Raises ConfigError and the like."""
     began = time.monotonic()
     config = compose(overrides).config
-    here = [check_launcher(config), check_tracker(config)]
+    here = [check_launcher(config), check_tracker(config), *check_asked(config)]
     here += [Finding(f"{what}, at most", PASS, needs) for what, needs in footprint.estimates(config).items()]
     try:
         config = parents.with_parents(config)
@@ -81,6 +82,15 @@ def check_launcher(config: RunConfig) -> Finding:
         return Finding("launcher", PASS, machine.find_launcher(config.engine))
     except EnvironmentProblem as error:
         return Finding("launcher", FAIL, "cannot start a job", str(error))
+
+
+def check_asked(config: RunConfig) -> list[Finding]:
+    """The servers that the stage asks answer; nothing where it asks none."""
+    try:
+        asked = check_servers(config)
+    except EnvironmentProblem as error:
+        return [Finding("servers", FAIL, "one does not answer", str(error))]
+    return [Finding("servers", PASS, f"{', '.join(asked)}: each answers")] if asked else []
 
 
 def check_tracker(config: RunConfig) -> Finding:

@@ -17,6 +17,7 @@ from r1pipe.launch.job import failure
 from r1pipe.runs import judge_quality as judges
 from r1pipe.runs import lineage
 from r1pipe.runs.files import write_json
+from r1pipe.runs.servers import check_servers
 
 SETTINGS = "judge_prompts/part/measurement"
 
@@ -25,6 +26,7 @@ def judge(model: str, overrides: list[str], asked: dict[str, int | None], as_jso
     """Measure a judge and show the figures: 0; 1 if it is beyond a bound of stage.judge. Raises ConfigError
     and the like."""
     config = config_of(model, overrides)
+    check_servers(config)
     folder = RunFolder(judges.folder_of(config))
     folder.create()
     write_json(folder.config, publishable(to_mapping(config)), indent=2)

@@ -43,9 +43,9 @@ def plan_inputs(overrides: list[str]) -> tuple[ModelConfig, ClusterConfig, Layou
         if not any(word.startswith("layout=") for word in own):
             layout = layout_named(own, "default", stages.of_engine(config, cluster))
         layout = replace(layout, phases=[])
-        phase = stages.phase_of(config, layout)
+        phases = stages.phases_of(config, layout, cluster)
         check_all(spread_rules(config.stage, cluster.devices, f"{cluster.devices=}"))
-        return model, cluster, layout, [phase]
+        return model, cluster, layout, phases
     if not layout.phases:
         raise ConfigError(f"layout={layout.name} has no phases; give stage=NAME or another layout")
     return model, cluster, layout, [Phase(phase) for phase in layout.phases]

@@ -59,7 +59,6 @@ def show(summary: dict[str, Any]) -> None:
     for run in summary["runs"]:
         kind = f"{run['kind']}: {run['note']}" if run["note"] else run["kind"]
         counts = [UNKNOWN if run[name] is None else f"{run[name]:,}" for name in ("rows", "tokens")]
-        counts = ["-" if run["kind"] == "documents" and not run["rows"] else counts[0], counts[1]]
         table.add_row(run["run_id"], run["stage"], run["edge"], kind, *counts)
     console.print(table)
     if summary["rows"]:

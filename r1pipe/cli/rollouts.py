@@ -4,8 +4,7 @@ Only the files' numeric columns are held in memory; the texts of the few rows th
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -15,7 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from r1pipe.core.errors import ConfigError, DataError, nearest
+from r1pipe.core.errors import ConfigError, nearest
+from r1pipe.runs.samples import reading
 
 SCORE = "score_"  # + the name of a reward: its column
 NUMBERS = {
@@ -28,6 +28,7 @@ NUMBERS = {
 ODD_SCORES = ("accuracy", "format", "language")  # the rewards that `odd_rows` uses
 TEXTS = ("question", "completion")
 HAS_TEXT = "has_text"
+CUT_OFF = "a kill may have cut it off: remove it, or leave its step out with --step"
 SAME = 1e-6  # rounding of rewards, which are weighted sums
 BOUND = re.compile(r"(?P<name>[a-z]\w*)?\s*(?P<sign><=|>=|<|>|=)?\s*(?P<value>[-+.\de]+)")
 
@@ -132,10 +133,10 @@ class Found:
 
 
 def look(files: dict[int, Path], query: Query, much_repetition: float) -> Found:
-    """The best, worst and odd rows of some steps' files. Raises DataError, ConfigError."""
+    """The best, worst and odd rows of some steps' files. Raises CheckpointError, ConfigError."""
     columns: set[str] = set()
     for path in files.values():
-        with opened(path):
+        with reading(path, CUT_OFF):
             columns |= {*pq.read_schema(path).names}
     rewards = {name.removeprefix(SCORE) for name in columns if name.startswith(SCORE)}
     for name, _ in query.rewards:
@@ -144,7 +145,7 @@ def look(files: dict[int, Path], query: Query, much_repetition: float) -> Found:
     schema, reasons = schema_of(rewards), odd_rows(much_repetition)
     tables = []
     for step, path in files.items():
-        with opened(path):
+        with reading(path, CUT_OFF):
             tables.append(numbers(ds.dataset(path, schema), step, query.text, reasons))
     return narrowed(pa.concat_tables(tables), query, reasons)
 
@@ -161,19 +162,6 @@ def numbers(dataset: ds.Dataset, step: int, text: pc.Expression | None, reasons:
     has_text = pc.scalar(True) if text is None else text
     table = dataset.to_table({**columns, **reasons, HAS_TEXT: has_text, "step": pc.scalar(step)})
     return table.append_column("row", pa.array(range(len(table)), pa.int64()))
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[None]:
-    """While a file is read: raises DataError if it is truncated or not parquet."""
-    try:
-        yield
-    except (pa.ArrowInvalid, OSError) as error:
-        why = str(error).splitlines()[0]
-        raise DataError(
-            f"{path} cannot be read ({why}); a kill may have cut it off: remove it, or leave its step out "
-            "with --step"
-        ) from None
 
 
 def narrowed(table: pa.Table, query: Query, reasons: Collection[str]) -> Found:
@@ -216,7 +204,7 @@ def whole(files: dict[int, Path], places: Collection[tuple[int, int]]) -> dict[t
     found: dict[tuple[int, int], dict] = {}
     for step in {step for step, _ in places}:
         rows = [row for of_step, row in places if of_step == step]
-        with opened(files[step]):
+        with reading(files[step], CUT_OFF):
             taken = ds.dataset(files[step]).take(rows).to_pylist()
         found |= {(step, row): values for row, values in zip(rows, taken, strict=True)}
     return found

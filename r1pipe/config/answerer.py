@@ -23,13 +23,15 @@ class AnswererConfig(Strict):
 
 def is_server(name: str) -> bool:
     """Whether what a user names is a server and no checkpoint."""
-    return re.match(r"https?://", name) is not None
+    return re.match(r"https?://", name, re.IGNORECASE) is not None
 
 
 def answerer_rules(key: str, name: str | None, settings: str, config: AnswererConfig) -> Rules:
     """`key`=`name` is what the user wrote; `settings`, the config's place."""
     if not re.fullmatch(r"[A-Za-z_]\w*", config.key_variable):
         yield f"{settings}.key_variable={config.key_variable} must be the name of an environment variable"
+    if name is not None and not is_server(name) and "://" in name:
+        yield f"{key}={name} is no address of a server; it must be http://HOST:PORT/v1 or https://HOST/v1"
     if name is None or not is_server(name):
         return
     try:

@@ -35,6 +35,7 @@ class HarnessConfig(Strict):
     chat: bool  # prompts are written with the chat template
     fewshot: Count | None  # examples before each question; null: as the task has it
     think_end_token: str | None  # such as </think>: what follows it is scored
+    trust_code: bool  # run what the files of `tasks` name: Python (!function) and metrics, without a sandbox
 
 
 @dataclass

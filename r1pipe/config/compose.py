@@ -8,24 +8,26 @@ the loss's. Those of a `stage.transfer`, and of it with a `stage.extract`, come 
 values for `distill/TRANSFER`.
 """
 
-import json
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from r1pipe.config import benchmark
 from r1pipe.config.data import refuse_unused_row_keys
-from r1pipe.config.distill import DistillConfig, refuse_unused_teaching_keys
+from r1pipe.config.distill import DistillConfig
+from r1pipe.config.distill_unused import refuse_unused_teaching_keys
 from r1pipe.config.groups import GROUPS, flat, options, read, upwards
 from r1pipe.config.hf import NAME as HF
 from r1pipe.config.hf import filled
@@ -92,10 +94,8 @@ def compose(overrides: list[str]) -> Composed:
             )
     choices = choose(parsed)
     values = layered(parsed, choices)
-    below = as_overrides(choices)
-    below += [f"++{key}={json.dumps(value, ensure_ascii=False)}" for key, (value, _) in values.items()]
     own = [override for override in parsed if override.key_or_group not in GROUPS]
-    mapping = {"benchmark": None, **resolve(below, own)}
+    mapping = {"benchmark": None, **resolve(choices, {key: value for key, (value, _) in values.items()}, own)}
     for key in RECIPE_ONLY:
         mapping["recipe"].pop(key, None)
     given = [key for key, _ in flat(mapping)]
@@ -220,14 +220,31 @@ def transfer_values(transfer: str, extract: str) -> list[tuple[dict[str, Any], s
     return [(dict(flat(read(file), "stage")), f"conf/{file}.yaml") for file in files]
 
 
-def resolve(below: list[str], own: list[Override]) -> dict[str, Any]:
-    """conf/ with the overrides applied in order, interpolations filled in. Raises ConfigError."""
-    lines = [addable(override) for override in own]
+def resolve(
+    choices: Mapping[str, str | None], values: Mapping[str, Any], own: list[Override]
+) -> dict[str, Any]:
+    """conf/ with the values and then the command line's overrides, interpolations filled in. Raises
+    ConfigError."""
+    config = placed(choices, values)
+    try:
+        ConfigLoaderImpl._apply_overrides_to_config([*map(addable, own)], config)
+        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    except (HydraException, OmegaConfBaseException) as error:
+        known = cast(dict[str, Any], OmegaConf.to_container(placed(choices, values), resolve=False))
+        keys = {part for key, _ in flat(known) for part in upwards(key)}
+        raise ConfigError(explained(error, own, keys)) from None
+
+
+def placed(choices: Mapping[str, str | None], values: Mapping[str, Any]) -> DictConfig:
+    """The chosen groups with the values above them."""
+    config = deepcopy(grouped(*as_overrides(choices)))
+    for key, value in values.items():
+        OmegaConf.update(config, key, value, force_add=True)
+    return config
+
+
+@cache
+def grouped(*choices: str) -> DictConfig:
+    """conf/ with these options of its groups: most of a composition's time, and the same for many."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        try:
-            cfg = hydra_compose("config", below + lines)
-            return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-        except (HydraException, OmegaConfBaseException) as error:
-            known = OmegaConf.to_container(hydra_compose("config", below), resolve=False)
-            keys = {part for key, _ in flat(cast(dict[str, Any], known)) for part in upwards(key)}
-            raise ConfigError(explained(error, own, keys)) from None
+        return hydra_compose("config", [*choices])

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from r1pipe.config.answerer import AnswererConfig, answerer_rules, is_server
-from r1pipe.config.distill_methods import EXTRACTS, METHODS
+from r1pipe.config.distill_methods import METHODS
 from r1pipe.config.fields import Count, NonNegative, Positive, Rules, Share, Strict
 from r1pipe.config.stages import FilterConfig, SamplingConfig, StageConfig
 from r1pipe.config.transfer import DivergenceConfig, TransferConfig, transfer_rules
-from r1pipe.core.errors import ConfigError
 
 
 @dataclass
@@ -232,16 +231,3 @@ def template_rules(stage: DistillConfig) -> Rules:
                 yield f"stage.templates.{name} has no {{{place}}}: the teacher would not see what it is asked"
     if stage.extract == "expand" and stage.expand.way == "evolve" and not templates.evolve:
         yield "stage.templates.evolve is empty; give at least one way to rewrite a problem"
-
-
-def refuse_unused_teaching_keys(given: set[str], stage: StageConfig, teacher: str | None) -> None:
-    """Keys of another `stage.extract`, or of a teacher where there is none, would change nothing. Raises
-    ConfigError."""
-    if not isinstance(stage, DistillConfig):
-        return
-    for key in sorted(given):
-        part = key.removeprefix("stage.").partition(".")[0]
-        if part in EXTRACTS and part != stage.extract:
-            raise ConfigError(f"{key} is of stage.extract={part}; drop it, or give stage.extract={part}")
-        if part == "teacher" and key != "teacher" and teacher is None:
-            raise ConfigError(f"{key} needs teacher=CHECKPOINT, a folder or a URL; give one, or drop it")

@@ -159,6 +159,8 @@ def judge_rules(name: str | None, judge: JudgeConfig | None, zero_level: int) ->
         )
     if isinstance(judge, EvaluatorConfig) and not judge.rates and judge.baseline is None:
         yield "stage.judge.rates=[] leaves nothing to judge; give stage.judge.baseline, too, or a kind"
+    if isinstance(judge, EvaluatorConfig):
+        yield from answerer_rules("stage.judge.baseline", judge.baseline, "stage.judge", judge)
     prompts = prompts_of(judge.prompts)
     if isinstance(judge, FilterJudgeConfig):
         best = max(prompts.pointwise.verdicts.values())

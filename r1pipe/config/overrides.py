@@ -3,10 +3,12 @@
 import difflib
 import os
 import re
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
 from r1pipe.config.benchmark import LM_EVAL
@@ -78,19 +80,24 @@ def parse_one(line: str) -> Override:
     problem = ""
     for reading in readings:
         try:
-            return OverridesParser.create().parse_overrides([reading])[0]
+            return read_by_hydra(reading)
         except HydraException as error:
             problem = first_line(error)
     raise ConfigError(f"cannot read {line}: {problem}; write a string as key=\"'...'\"")
 
 
-def addable(override: Override) -> str:
-    """The override as Hydra reads it, with `++` where it may add keys: +key=value sets a key that exists,
-    too, and a mapping may bring new names, as in stage.rewards.weights={my_reward: 1}, and have them."""
+@cache
+def read_by_hydra(line: str) -> Override:
+    """One override as Hydra's grammar has it; a recipe composes many configs from the same words."""
+    return OverridesParser.create().parse_overrides([line])[0]
+
+
+def addable(override: Override) -> Override:
+    """The override with `++` where it may add keys: +key=value sets a key that exists, too, and a mapping may
+    bring new names, as in stage.rewards.weights={my_reward: 1}, and have them."""
     is_open = override.key_or_group.rpartition(".")[0] in open_mappings()
     adds = override.is_add() or (not override.is_delete() and (is_open or isinstance(override.value(), dict)))
-    line = str(override.input_line)
-    return f"++{line.lstrip('+')}" if adds else line
+    return replace(override, type=OverrideType.FORCE_ADD) if adds else override
 
 
 def explained(error: Exception, own: list[Override], known: set[str]) -> str:

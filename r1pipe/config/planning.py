@@ -36,9 +36,12 @@ class ClusterConfig(Strict):
     devices: Positive  # in all
     devices_per_node: Positive  # on each machine
     memory_gb: AboveZero  # of each device, in 1e9 bytes
-    reserved_gb: NonNegative  # of it, for CUDA's context, NCCL's buffers and fragments of the allocator
+    reserved_gb: (
+        NonNegative  # of it, for CUDA's context, NCCL's buffers and fragments; of a process, for libraries
+    )
     fp32_tflops: AboveZero  # peak of each device
     bf16_tflops: AboveZero  # peak of each device, dense
+    fused: bool  # fused kernels compute norms, SwiGLU and attention; false: a CPU without AVX-512
     fp8_tflops: AboveZero | None  # peak of each device, dense; null: no FP8
     memory_tb_s: AboveZero  # bandwidth of each device's memory
     intra_node_gb_s: AboveZero  # bandwidth of each device to others of its machine, one direction

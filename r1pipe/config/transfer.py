@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from r1pipe.config.fields import AboveZero, NonNegative, Positive, Rules, Share, Strict
+from r1pipe.config.fields import AboveZero, Discount, NonNegative, Positive, Rules, Share, Strict
 from r1pipe.config.rl import ReinforcementConfig, RLConfig, any_weight, rl_rules
 from r1pipe.config.stages import FineTuneConfig, SamplingConfig, StageConfig
 
@@ -26,6 +26,7 @@ class TaughtConfig(ReinforcementConfig):
     """Reinforcement whose advantages may come from the teacher, token by token (on-policy distillation)."""
 
     teacher_coef: NonNegative  # weight of log pi_teacher - log pi_student in a token's advantage; 0: none
+    teacher_discount: Discount  # of the following tokens' share in it; 0: each token for itself
     score_weight: NonNegative  # weight of the teacher's score of an answer in its reward; 0: none
 
 
@@ -98,9 +99,13 @@ def taught_rules(stage: TransferConfig, rl: TaughtConfig, ranks: int) -> Rules:
 
 def below_rl(rules: Rules) -> Rules:
     """Messages on reinforcement with its keys where a distillation has them."""
+    yield from map(in_distillation, rules)
+
+
+def in_distillation(message: str) -> str:
+    """A message on reinforcement with its keys where a distillation has them."""
     names = "|".join(field.name for field in fields(ReinforcementConfig))
-    for message in rules:
-        yield re.sub(rf"\bstage\.(?=(?:{names})\b)", "stage.rl.", message)
+    return re.sub(rf"\bstage\.(?=(?:{names})\b)", "stage.rl.", message)
 
 
 def as_rl(stage: TransferConfig) -> RLConfig:

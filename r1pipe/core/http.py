@@ -51,7 +51,8 @@ def may_recover(error: HTTPError) -> bool:
 def reason(error: OSError | HTTPException) -> str:
     """Why a request failed, in one line; of a status, with what the server says about it."""
     if not isinstance(error, HTTPError):  # URLError and TimeoutError are OSErrors
-        return str(getattr(error, "reason", "") or error or type(error).__name__)
+        cause = getattr(error, "reason", "") or error
+        return getattr(cause, "strerror", None) or str(cause) or type(error).__name__
     with error:
         try:
             content: bytes = error.read1(SAID)

@@ -80,6 +80,7 @@ class RunFolder:
         self.data = self.path / "data"
         self.source = self.data / "source.json"  # the data's {"hash", "files"} at the start of the run
         self.dataset = self.data / "samples.parquet"  # of rejection sampling; distillation reads it
+        self.distributions = self.data / "distributions.arrow"  # of stage.extract=distribution, beside it
         self.drawn = self.data / "drawn"  # a benchmark's completions until the record exists
         self.trained_on = self.data / "trained_on.parquet"  # of SFT and reward models (r1pipe.runs.samples)
         self.evaluated = self.data / "evaluated.json"  # which prompts the final evaluation had, and how

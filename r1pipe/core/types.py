@@ -143,3 +143,8 @@ class Example:
 
     tokens: list[int]
     loss: list[bool]
+
+    @property
+    def targets(self) -> list[int]:
+        """The tokens that are learned: those of the response, with the one that ends it."""
+        return [token for token, is_target in zip(self.tokens, self.loss, strict=True) if is_target]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from r1pipe.config import STAGE_TYPES, EvaluateConfig, HFConfig, ParentRef, RunConfig, read_config
 from r1pipe.config.answerer import is_server
-from r1pipe.core.errors import CheckpointError, ConfigError, nearest
+from r1pipe.core.errors import CheckpointError, ConfigError, DataError, nearest
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints
 from r1pipe.runs.files import read_object
@@ -16,7 +16,12 @@ from r1pipe.runs.lineage.fit import check_parent_fits, check_same_chat_format
 from r1pipe.runs.lineage.published import adopt, is_published
 from r1pipe.tracking import resolve_model
 
+OTHERS = "a Hugging Face folder, or a server's URL (http://HOST:PORT/v1)"  # that a teacher or judge may be
 NOTHING: Mapping[str, ParentRef] = {}
+
+
+class Unknown(CheckpointError):
+    """A name that is no checkpoint's."""
 
 
 def resolve(name: str, search: lookup.SearchPath) -> ParentRef:
@@ -44,7 +49,7 @@ def resolve(name: str, search: lookup.SearchPath) -> ParentRef:
                     )
             return lookup.checkpoint_of_folder(path)
     run_ids = [run.run_id for run in lookup.run_folders(search.root) if run.record.exists()]
-    raise CheckpointError(f"no checkpoint {name}; {nearest(name, [lookup.BUNDLED, *STAGE_TYPES, *run_ids])}")
+    raise Unknown(f"no checkpoint {name}; {nearest(name, [lookup.BUNDLED, *STAGE_TYPES, *run_ids])}")
 
 
 def with_parents(
@@ -86,11 +91,14 @@ def with_parents(
 
 
 def with_baseline(config: RunConfig, search: lookup.SearchPath) -> RunConfig:
-    """The config with the folder of the checkpoint that a judge compares with. Raises CheckpointError."""
+    """The config with the folder of the checkpoint that a judge compares with. Raises CheckpointError, and
+    DataError where it is a file that is missing."""
     stage = config.stage
     if not isinstance(stage, EvaluateConfig) or stage.judge is None or stage.judge.baseline is None:
         return config
     name = stage.judge.baseline
+    if name.endswith(".jsonl") and not Path(name).is_file():
+        raise DataError(f"stage.judge.baseline={name} is no file; give a JSONL file of answers")
     if is_server(name) or name.endswith(".jsonl"):
         return config
     found = checkpoint_named("stage.judge.baseline", name, search)
@@ -106,6 +114,8 @@ def checkpoint_named(key: str, name: str | None, search: lookup.SearchPath) -> P
         return None
     try:
         return resolve(name, search)
+    except Unknown as error:
+        raise CheckpointError(f"{key}={name}: {error}; or give {OTHERS}") from None
     except CheckpointError as error:
         raise CheckpointError(f"{key}={name}: {error}") from None
 

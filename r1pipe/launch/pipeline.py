@@ -20,8 +20,10 @@ from r1pipe.launch.job import Job, failure
 from r1pipe.launch.run_plan import Action, RunPlan, plan_run
 from r1pipe.plan import footprint
 from r1pipe.runs import data_files, lineage, locks, machine, results
+from r1pipe.runs.harness_tasks import check_tasks
 from r1pipe.runs.judge_quality import check_judge
 from r1pipe.runs.reward_model_quality import check_quality
+from r1pipe.runs.servers import check_servers
 from r1pipe.tracking import Mirror, check_server_answers, store_uri
 
 
@@ -85,8 +87,9 @@ def start(plan: RunPlan) -> Job | slurm.Submitted:
     """Start the stage's job, or attach to it where the same command has started it; follow it until its
     record exists or it has failed.
 
-    Raises, before anything is written, CheckpointError where its reward models are too weak, DataError where
-    its data is missing, and EnvironmentProblem.
+    Raises, before anything is written, CheckpointError where its reward models or its judge are too weak,
+    DataError where its data is missing, and EnvironmentProblem, also where a server that it asks is not there
+    (Slurm's machines may reach others than this one).
     """
     run_id = plan.run.run_id
     if plan.config.tracking.enabled:
@@ -107,6 +110,8 @@ def start(plan: RunPlan) -> Job | slurm.Submitted:
         check_judge(plan.config)
         if plan.config.data.kind == "files" and plan.config.engine.launcher == "local":
             data_files.check_there(asdict(plan.config.data))
+        check_tasks(plan.config.benchmark)
+        check_servers(plan.config, plan.run)
         locks.check_not_running(plan.run)
         description = plan.describe()  # of the state before the job
         job = Job(plan.config, plan.run)

@@ -14,6 +14,7 @@ from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.redaction import publishable
 from r1pipe.runs import checkpoints, lineage, record
+from r1pipe.runs.answers import kept_answers
 from r1pipe.runs.files import read_json
 from r1pipe.runs.locks import check_not_running, was_interrupted
 from r1pipe.runs.results import stage_name
@@ -77,7 +78,11 @@ class RunPlan:
                 f"{listed(self.changed)}; the learning rate {rate} {fresh}"
             )
         steps = checkpoints.steps(self.run.checkpoints)
-        where = f"from step {steps[-1]}" if steps else "from the beginning, as it has no checkpoint yet"
+        where = "from the beginning, as it has no checkpoint yet"
+        if steps:
+            where = f"from step {steps[-1]}"
+        elif kept := kept_answers(self.run):
+            where = f"with the {kept:,} answers that are kept"
         changed = f" with {listed(self.changed)}" if self.changed else ""
         return f"{run_id}: resumes {where}{changed} {fresh}"
 

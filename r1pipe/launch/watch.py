@@ -21,6 +21,7 @@ import r1pipe
 from r1pipe.core.paths import RunFolder
 from r1pipe.launch.machines import Machines
 from r1pipe.runs import checkpoints, heartbeat, processes
+from r1pipe.runs.answers import kept_answers
 from r1pipe.runs.heartbeat import Beat
 
 CHECK_EVERY_S = 1.0
@@ -206,6 +207,8 @@ def resume_hint(run: RunFolder) -> str:
     steps = checkpoints.steps(run.checkpoints)
     if steps:
         return f"the same command resumes from step {steps[-1]}"
+    if kept := kept_answers(run):
+        return f"{kept:,} answers are kept, and the same command goes on from there"
     return "the same command restarts it (no checkpoint yet)"
 
 

@@ -4,11 +4,15 @@ import hashlib
 import json
 from typing import Any
 
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import SandboxedEnvironment
+
 from r1pipe.config import EvaluateConfig
 from r1pipe.core.errors import ConfigError, DataError, EnvironmentProblem
 from r1pipe.core.estimates import Z
 from r1pipe.runs import stopping
 from r1pipe.runs.files import write_json
+from r1pipe.runs.harness_tasks import check_tasks
 from r1pipe.runs.record import Metrics
 from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.ranks import Ranks
@@ -20,13 +24,44 @@ RESULTS = "lm_eval.json"  # in the run folder: its results with every sample
 ACCURACIES = ("exact_match", "acc")  # metrics that are a share of right answers
 
 
-def measure_task(
-    run: Run[EvaluateConfig], ranks: Ranks, weights: Weights, task: str
-) -> tuple[Evaluation, str | None]:
-    """The evaluation, and a hash of the task's data and prompts; rank 0 measures. All ranks call.
+def find_task(run: Run[EvaluateConfig], task: str) -> Any:
+    """lm_eval's TaskManager that knows the task, for measure_task; before weights are loaded, on rank 0.
 
-    pass@1 is the first accuracy that the task has; null without one. Raises ConfigError for an unknown task,
-    EnvironmentProblem where lm_eval is not installed, and Interrupted on a request to stop.
+    Raises EnvironmentProblem where lm_eval is not installed, ConfigError for an unknown task, and DataError
+    for tasks in a folder that would run code.
+    """
+    try:
+        from lm_eval.api import metrics, registry
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise EnvironmentProblem(
+            f"benchmark=lm_eval/{task} needs lm-evaluation-harness; install it: pip install 'r1pipe[lm-eval]'"
+        ) from None
+    assert metrics  # whose import has filled the registry
+    benchmark = run.config.benchmark
+    assert benchmark is not None and benchmark.harness is not None
+    harness = benchmark.harness
+    check_tasks(benchmark, {*registry.metric_registry})
+    manager = TaskManager(include_path=harness.tasks, include_defaults=False)
+    if task not in manager.all_tasks:  # to read all of its own takes long
+        manager = TaskManager(include_path=harness.tasks)
+    if task not in manager.all_tasks:
+        raise ConfigError(
+            f"benchmark=lm_eval/{task}: lm-evaluation-harness has no such task; its own are listed by "
+            "`lm_eval ls tasks`, and benchmark.harness.tasks=FOLDER adds yours"
+        )
+    if harness.tasks and not harness.trust_code:
+        sandbox_templates()
+    return manager
+
+
+def measure_task(
+    run: Run[EvaluateConfig], ranks: Ranks, weights: Weights, task: str, manager: Any
+) -> tuple[Evaluation, str | None]:
+    """The evaluation, and a hash of the task's data and prompts; rank 0 measures, with find_task's `manager`.
+    All ranks call.
+
+    pass@1 is the first accuracy that the task has; null without one. Raises Interrupted on a request to stop.
     """
     metrics: Metrics = {
         **evaluate.measure([], [], [], run.stage.eval),
@@ -38,7 +73,7 @@ def measure_task(
     found: dict[str, Any] = {}
     with stopping.leaving_early(ranks), weights.gathered() as model:
         if run.rank == 0:
-            found = _evaluated(run, model.eval(), task)
+            found = _evaluated(run, model.eval(), task, manager)
     if not found:
         return Evaluation(metrics, [], []), None
     samples = found.pop("samples")
@@ -52,28 +87,15 @@ def measure_task(
     return Evaluation(metrics, shown, []), hashlib.sha256(hashes.encode()).hexdigest()
 
 
-def _evaluated(run: Run[EvaluateConfig], model: Any, task: str) -> dict[str, Any]:
+def _evaluated(run: Run[EvaluateConfig], model: Any, task: str, manager: Any) -> dict[str, Any]:
     """lm_eval's results."""
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise EnvironmentProblem(
-            f"benchmark=lm_eval/{task} needs lm-evaluation-harness; install it: pip install 'r1pipe[lm-eval]'"
-        ) from None
+    from lm_eval import simple_evaluate
+
     from r1pipe.lm_eval.adapter import Checkpoint
 
     benchmark, config = run.config.benchmark, run.stage.eval
     assert benchmark is not None and benchmark.harness is not None
     harness, seed = benchmark.harness, run.config.seed
-    manager = TaskManager(include_path=harness.tasks, include_defaults=False)
-    if task not in manager.all_tasks:  # to read all of its own takes long
-        manager = TaskManager(include_path=harness.tasks)
-    if task not in manager.all_tasks:
-        raise ConfigError(
-            f"benchmark=lm_eval/{task}: lm-evaluation-harness has no such task; its own are listed by "
-            "`lm_eval ls tasks`, and benchmark.harness.tasks=FOLDER adds yours"
-        )
     checkpoint = Checkpoint.of_model(
         run.chat, model, seed, config.max_tokens, harness.think_end_token, config.max_num_seqs
     )
@@ -90,10 +112,23 @@ def _evaluated(run: Run[EvaluateConfig], model: Any, task: str) -> dict[str, Any
             torch_random_seed=seed,
             **seeds,
         )
+    except SecurityError as error:
+        raise DataError(f"benchmark=lm_eval/{task}: a template reaches outside its row ({error})") from None
     except OSError as error:  # no network, no such file or data set
         raise DataError(f"benchmark=lm_eval/{task}: its data cannot be read ({error})") from None
     assert found is not None, "rank 0 has the results"
     return dict(found)
+
+
+def sandbox_templates() -> None:
+    """Let templates of tasks reach nothing but their own row: lm_eval fills them in without a sandbox."""
+    from lm_eval import utils
+
+    own = utils.env
+    utils.env = SandboxedEnvironment(
+        loader=own.loader, undefined=own.undefined, keep_trailing_newline=own.keep_trailing_newline
+    )
+    utils.env.filters.update(own.filters)
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float | None]:

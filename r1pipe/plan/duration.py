@@ -25,6 +25,7 @@ class Seconds:
     gathers: float = 0.0  # of weights and gradients over the ranks that share them, not hidden
     optimizer: float = 0.0
     sampling: float = 0.0
+    refit: float = 0.0  # new weights' way to a sampler with others than the trainer's
 
     @property
     def total(self) -> float:

@@ -16,7 +16,7 @@ from r1pipe.config import (
 )
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
-from r1pipe.plan import sizes
+from r1pipe.plan import answerers, sizes
 from r1pipe.plan.cut import Cut, cuts
 from r1pipe.plan.sizes import FULL, adapters, parameters, stored, trunk, without_mtp
 from r1pipe.runs import checkpoints, hosts, machine
@@ -37,17 +37,19 @@ class Need:
     logits: float
     cache: float  # of the sampler
     copy: float = 0.0  # what engine.async_save writes from
+    before: float = 0.0  # weights and cache of who answers before training begins
 
     @property
     def peak(self) -> float:
-        """Training and sampling alternate."""
-        return self.states + self.copy + max(self.activations + self.logits, self.cache)
+        """Training and sampling alternate; what is held `before` training makes room for it."""
+        return max(self.before, self.states + self.copy + max(self.activations + self.logits, self.cache))
 
     def parts(self) -> str:
         """The parts in MiB, for messages."""
         sizes = {"states": self.states, "activations": self.activations, "logits": self.logits}
         sizes |= {"cache": self.cache} if self.cache else {}
         sizes |= {"copy": self.copy} if self.copy else {}
+        sizes |= {"before training": self.before} if self.before else {}
         return ", ".join(f"{part} {mib(size)}" for part, size in sizes.items())
 
 
@@ -198,14 +200,19 @@ def of_rank(config: RunConfig, share: Cut[Model], prompt: int) -> Need:
     model, engine, stage = config.model, config.engine, config.stage
     number, context, ranks = weight_bytes(engine), model.max_position_embeddings, all_ranks(engine)
     if isinstance(stage, RLConfig):  # tokens of the largest training pass
-        tokens = max(stage.max_tokens_per_micro_batch, min(stage.sampling.max_tokens, context))
+        longest = min(stage.sampling.max_tokens, context)
+        rows = -(
+            -stage.prompts_per_step * stage.group_size // (stage.minibatches * (ranks // engine.pipeline))
+        )
+        tokens = min(max(stage.max_tokens_per_micro_batch, longest), rows * (prompt + longest))
     else:
         length = getattr(stage, "sequence_length", 2 * context)  # a reward model reads pairs
         rows = -(-getattr(stage, "batch_size") // (ranks * engine.gradient_accumulation))  # noqa: B009
         tokens = rows * length
         if isinstance(stage, RewardModelConfig):
             tokens = min(tokens, max(length, stage.max_tokens_per_micro_batch))
-    head = sizes.logits(tokens, share.model.vocab_size)
+    reads = isinstance(stage, RewardModelConfig)  # it has no head
+    head = 0.0 if reads else sizes.logits(tokens, share.model.vocab_size)
     how = sizes.recomputation(engine)
     kept = share.passes * (stored(share.model, how) + share.between) + sizes.working(model, how)
     cache = 0.0
@@ -216,7 +223,9 @@ def of_rank(config: RunConfig, share: Cut[Model], prompt: int) -> Need:
         cache = slots * length * model.num_hidden_layers * sizes.cache_entry(model) * number
     activations = number * (tokens * kept + repeated(config, tokens, prompt))
     copy = copied(replace(config, model=share.model))
-    return Need(states(config, share), activations, head, cache, copy)
+    beside = answerers.beside(config) / (ranks if engine.zero_level == 3 else 1)
+    held = states(config, share) + beside
+    return Need(held, activations, head, cache, copy, answerers.before(config, prompt))
 
 
 def repeated(config: RunConfig, tokens: int, prompt: int) -> float:

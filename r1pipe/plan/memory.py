@@ -78,7 +78,6 @@ class Rollout:
     steps: int  # optimizer steps that learn from it
     epochs: int  # passes over it
     longest: int  # tokens of the longest completion, which all ranks wait for
-    largest_pass: int  # tokens of the largest micro-batch
     slots: int  # completions that are decoded together on one device at most
     reference: bool  # whether a reference model scores them
     judges: int  # reward models, which have no head
@@ -102,12 +101,14 @@ class Memory:
     sampler: float  # weights that decoding needs beside the rank's own
     cache: float  # of the sampler; all that a vLLM server takes
     buffers: float
+    before: float = 0.0  # weights and cache of who answers before training begins
 
     @property
     def total(self) -> float:
-        """Training and sampling alternate."""
-        states = self.weights + self.gradients + self.moments + self.frozen + self.buffers
-        return states + max(self.activations + self.logits, self.sampler + self.cache)
+        """Training and sampling alternate; what is held `before` training makes room for it."""
+        states = self.weights + self.gradients + self.moments + self.frozen
+        steps = states + max(self.activations + self.logits, self.sampler + self.cache)
+        return self.buffers + max(self.before, steps)
 
     def gigabytes(self) -> dict[str, float]:
         return {field.name: getattr(self, field.name) / GIGA for field in fields(self)}
@@ -120,15 +121,17 @@ def memory(
     tokens: int,
     micro_batches: int,
     rollout: Rollout | None = None,
+    length: int = 0,
 ) -> Memory:
-    """Of the rank that needs most. `tokens` of a micro-batch on a rank."""
+    """Of the rank that needs most. `tokens` of a micro-batch on a rank, in rows of `length` (0: one row)."""
     if layout.pipeline > 1 and layout.schedule in OWN and layout.virtual_stages == 1:
         shares: Sequence[Cut[ModelConfig]] = cuts(model, layout.schedule, layout.pipeline, micro_batches)
         among = 1
     else:
         shares = [Cut(model, in_flight(layout, micro_batches))]
         among = layout.pipeline
-    ranks = [of_rank(model, share, among, layout, cluster, tokens, rollout) for share in shares]
+    row = length or tokens
+    ranks = [of_rank(model, share, among, layout, cluster, tokens, row, rollout) for share in shares]
     return max(ranks, key=lambda rank: rank.total)
 
 
@@ -139,17 +142,19 @@ def of_rank(
     layout: LayoutConfig,
     cluster: ClusterConfig,
     tokens: int,
+    length: int,
     rollout: Rollout | None,
 ) -> Memory:
     """Of a rank that has an equal part of `share`, `among` others; `model` is the whole one."""
     held = Held.of(share.model, layout, cluster, among)
     own, one = held.states, Weights.of(share.model)
     largest = max(one.vocabulary, one.expert * model.n_routed_experts // layout.expert_parallel)
-    kept: float = held.weight * sizes.stored(share.model, layout.recompute)
+    row = 0 if cluster.fused else length
+    kept: float = held.weight * sizes.stored(share.model, layout.recompute, row)
     if layout.precision == "fp8" and layout.recompute == "selective":
         kept -= sizes.in_eight_bits(share.model)
     kept = share.passes * (kept + held.weight * share.between)
-    kept += held.weight * sizes.working(model, layout.recompute)
+    kept += held.weight * sizes.working(model, layout.recompute, row)
     frozen = sampler = cache = 0.0
     if rollout is not None:
         frozen = rollout.reference * frozen_weights(share.model, layout, held) / among

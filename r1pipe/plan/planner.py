@@ -16,6 +16,9 @@ from r1pipe.plan.sampling import rollout_step
 from r1pipe.plan.work import work
 
 HOUR = 3600.0
+LANGUAGES = (
+    0.1e9  # bytes of language identification in a process: py3langid's automaton, 75 to 118 MB measured
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,12 @@ class Phase:
 
     config: PhaseConfig
     rollout: Rollout | None = None
+    longest: int = 0  # tokens of the longest row; 0: all are alike
+    largest_pass: int = 0  # tokens of the largest micro-batch; 0: the layout's rows
+    head: bool = True  # false: of a reward model, which has no logits
+    beside: float = 0.0  # bytes of whole weights that are only read, which ZeRO level 3 shares
+    before: float = 0.0  # bytes of a rank for whoever answers before training begins
+    scores_language: bool = False  # of completions, on the rank's own cores
 
     @property
     def steps(self) -> int:
@@ -123,6 +132,8 @@ def plan(model: ModelConfig, cluster: ClusterConfig, layout: LayoutConfig, phase
 
 def planned(model: ModelConfig, cluster: ClusterConfig, layout: LayoutConfig, phase: Phase) -> Planned:
     config, rollout = phase.config, phase.rollout
+    if not phase.head:
+        model = replace(model, tie_word_embeddings=True, num_nextn_predict_layers=0)
     pipelines = cluster.devices // layout.pipeline
     tokens = layout.micro_batch * config.sequence_length // config.context_parallel
     micro_batches = math.ceil(config.batch_size * config.context_parallel / pipelines / layout.micro_batch)
@@ -132,20 +143,49 @@ def planned(model: ModelConfig, cluster: ClusterConfig, layout: LayoutConfig, ph
     if rollout is not None:
         passed = tokens * micro_batches / layout.pipeline / rollout.epochs
         step = step.plus(rollout_step(model, cluster, layout, rollout, passed))
-        tokens = max(tokens, rollout.largest_pass)
     flops = 3 * counted.forward * config.batch_size * config.sequence_length
-    held = memory(model, layout, cluster, tokens, micro_batches, rollout)
-    if cluster.unit == "core":  # the C library keeps what training or sampling has freed
-        kept = min(held.activations + held.logits, held.sampler + held.cache)
-        held = replace(held, buffers=held.buffers + kept)
     return Planned(
         phase,
         step,
-        held,
+        held_by(model, cluster, layout, phase, tokens, micro_batches),
         cluster.devices,
         flops,
         cluster.devices * cluster.bf16_tflops * duration.TERA,
     )
+
+
+def held_by(
+    model: ModelConfig,
+    cluster: ClusterConfig,
+    layout: LayoutConfig,
+    phase: Phase,
+    tokens: int,
+    micro_batches: int,
+) -> Memory:
+    """Memory of the rank that needs most; `tokens` of a micro-batch of mean rows."""
+    rows = math.ceil(phase.config.batch_size / (cluster.devices // layout.pipeline))
+    longest = phase.longest or phase.config.sequence_length // phase.config.context_parallel
+    tokens = max(tokens, min(phase.largest_pass, rows * longest))
+    held = memory(model, layout, cluster, tokens, micro_batches, phase.rollout, longest)
+    among = cluster.devices if layout.zero_level == 3 else 1
+    held = replace(
+        held,
+        logits=held.logits if phase.head else 0.0,
+        frozen=held.frozen + phase.beside / among,
+        before=phase.before,
+    )
+    if cluster.unit == "core":
+        kept = kept_by_heap(held, cluster.fused) + LANGUAGES * phase.scores_language
+        held = replace(held, buffers=held.buffers + kept)
+    return held
+
+
+def kept_by_heap(held: Memory, fused: bool) -> float:
+    """Bytes that the C library keeps of what was freed: training finds what sampling left, or the other way
+    round. torch's operators, which make and free many parts of different sizes, leave holes: as much again as
+    a pass has stored (docs/lab-notes.md, 2026-11-30)."""
+    trained = held.activations + held.logits
+    return min(trained, held.sampler + held.cache + held.before) if fused else trained
 
 
 def search(

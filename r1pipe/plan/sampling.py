@@ -6,7 +6,7 @@ from dataclasses import replace
 from r1pipe.config import ModelConfig
 from r1pipe.config.planning import ClusterConfig, LayoutConfig
 from r1pipe.plan import sizes
-from r1pipe.plan.duration import TERA, Seconds, bandwidth, of_tokens
+from r1pipe.plan.duration import TERA, Seconds, bandwidth, link, of_tokens
 from r1pipe.plan.memory import Rollout
 from r1pipe.plan.work import Work, crosses, work
 
@@ -29,7 +29,23 @@ def rollout_step(
     # a prompt is read once for its whole group
     sampling += math.ceil(rollout.prompts / groups) * rollout.prompt * forward.total / together
     scored = passed if rollout.reference else 0.0
-    return Seconds(sampling=sampling / rollout.steps).plus(forward, scored)
+    waited = refit(whole, layout, cluster, rollout)
+    own = Seconds(sampling=sampling / rollout.steps, refit=waited / rollout.steps)
+    return own.plus(forward, scored)
+
+
+def refit(model: ModelConfig, layout: LayoutConfig, cluster: ClusterConfig, rollout: Rollout) -> float:
+    """Seconds until the sampler has the new weights: all of them pass through one device's link, of rank 0
+    that gathers them for a server, or of each rank that gathers them to sample by itself at ZeRO level 3.
+
+    So they do in NeMo-RL, where each rank gathers the model for the sampler on its GPU: for DeepSeek-V3 about
+    35 s by its author (NVIDIA-NeMo/RL#1267), 30.4 s by this formula.
+    """
+    if rollout.server is None and layout.zero_level < 3:
+        return 0.0
+    elsewhere = sizes.parameters(model) * (1 - 1 / cluster.devices)
+    moved = sizes.weight_bytes(layout.precision) * elsewhere
+    return moved / link(cluster, crosses(cluster.devices, cluster))
 
 
 def decoding(

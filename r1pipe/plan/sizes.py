@@ -94,23 +94,24 @@ def trunk(model: ModelConfig | HFConfig) -> int:
     return without_mtp(replace(model, tie_word_embeddings=True))
 
 
-def stored(model: ModelConfig | HFConfig, recompute: Recompute) -> int:
+def stored(model: ModelConfig | HFConfig, recompute: Recompute, unfused: int = 0) -> int:
     """Elements that all layers store of a token for the backward pass: inputs of norms, products and SwiGLU.
 
     For a model of transformers as if its layers were dense, with one set of projections. `full`: each layer's
-    input alone; what a layer makes anew is in `working`. `offload`: nothing, as it is on the host.
+    input alone; what a layer makes anew is in `working`. `offload`: nothing, as it is on the host. `unfused`
+    as in `layer_elements`.
     """
     layers = model.num_hidden_layers
     if recompute == "offload":
         return 0
     if recompute == "full":
         return layers * model.hidden_size
-    dense, moe = layer_elements(model, recompute == "selective")
+    dense, moe = layer_elements(model, recompute == "selective", unfused)
     first = layers if isinstance(model, HFConfig) else model.first_k_dense_replace
     return first * dense + (layers - first) * moe
 
 
-def working(model: ModelConfig | HFConfig, recompute: Recompute) -> int:
+def working(model: ModelConfig | HFConfig, recompute: Recompute, unfused: int = 0) -> int:
     """Elements of a token in the layer that is computed anew: what it keeps, and the gradients of that. With
     `offload` in the larger half of one, with the inputs of two."""
     if recompute == "none":
@@ -119,20 +120,23 @@ def working(model: ModelConfig | HFConfig, recompute: Recompute) -> int:
         attention = attention_elements(model)
         rest = max(layer_elements(model, False)) - attention + 2 * model.hidden_size
         return 2 * max(attention, rest) + 2 * model.hidden_size
-    return 2 * max(layer_elements(model, False))
+    return 2 * max(layer_elements(model, False, unfused))
 
 
-def layer_elements(model: ModelConfig | HFConfig, selective: bool) -> tuple[int, int]:
+def layer_elements(model: ModelConfig | HFConfig, selective: bool, unfused: int = 0) -> tuple[int, int]:
     """Elements that a dense layer and a MoE layer store of a token.
 
     `selective`: without those of `recomputed`, and without the experts' results, as their routing weights
-    multiply what comes before the down-projection (Megatron's way).
+    multiply what comes before the down-projection (Megatron's way). `unfused`: the tokens that a row attends
+    to, where a CPU runs torch's operators one by one in place of the compiled kernels; else 0.
     """
     if isinstance(model, HFConfig):
         # of two norms the input, that normalised, and the result; queries, attention's result, and that put
         # together; keys and values; gate, its SiLU, up, and their product
         layer = 9 * model.hidden_size + model.cache_width + 4 * model.intermediate_size
         return layer, layer
+    if unfused and not selective:
+        return unfused_elements(model, unfused)
     d, experts, attention = model.hidden_size, visited(model), attention_elements(model)
     dense = attention + 3 * model.intermediate_size
     moe = attention + experts * (3 * model.moe_intermediate_size + 2 * d) + model.n_routed_experts
@@ -140,6 +144,21 @@ def layer_elements(model: ModelConfig | HFConfig, selective: bool) -> tuple[int,
         again = recomputed(model)
         return dense - again[0], moe - again[1] - experts * d
     return dense, moe
+
+
+def unfused_elements(model: ModelConfig, row: int) -> tuple[int, int]:
+    """Of torch's operators on a CPU, as autograd keeps them: norms also their normalised input; attention its
+    values as wide as its keys, its result once more as the output projection reads it, and in each layer a
+    mask of numbers over the `row`; SwiGLU also gate after SiLU; experts their results before they are summed.
+    """
+    d, heads, value = model.hidden_size, model.num_attention_heads, model.v_head_dim
+    key, experts = model.qk_nope_head_dim + model.qk_rope_head_dim, model.num_experts_per_tok
+    values = 2 * key if key > value else model.qk_nope_head_dim + 2 * value
+    latents = 3 * (model.q_lora_rank or 0) + 3 * model.kv_lora_rank + model.qk_rope_head_dim
+    attention = 6 * d + heads * (2 * key + values + value + 1) + latents + row
+    inner, shared = model.moe_intermediate_size, model.n_shared_experts
+    moe = experts * (2 * d + 5 * inner) + 4 * shared * inner + model.n_routed_experts
+    return attention + 4 * model.intermediate_size, attention + moe
 
 
 def attention_elements(model: ModelConfig) -> int:

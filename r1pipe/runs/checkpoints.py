@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder, inside
 from r1pipe.runs import heartbeat
+from r1pipe.runs.answers import JOURNAL
 from r1pipe.runs.files import read_object, write_json
 
 MANIFEST = "manifest.json"  # {"files": {relative name: sha256}}, written last
@@ -41,7 +42,8 @@ def file_hash(path: Path) -> str:
 
 def holds_work(run: RunFolder) -> bool:
     """Whether a run has a checkpoint or samples, which starting it anew would lose."""
-    return bool(steps(run.checkpoints)) or any(run.data.rglob("*.parquet"))
+    answers = (*run.data.rglob("*.parquet"), *(run.data / "shards").glob(f"*/*{JOURNAL}"))
+    return bool(steps(run.checkpoints)) or bool(answers)
 
 
 def files_in(folder: Path) -> set[Path]:

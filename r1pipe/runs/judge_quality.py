@@ -120,7 +120,8 @@ def shortfalls(kind: str, figures: Mapping[str, Any], judge: JudgeConfig) -> lis
         if not within:
             shown = "unknown" if value is None else f"{value:.3g}"
             side = "below" if measure.at_least else "beyond"
-            lines.append(f"{kind}: {measure.description} {shown}, {side} stage.judge.{measure.key}={bound:g}")
+            key = f"stage.judge.{measure.key}"
+            lines.append(f"{kind}: {measure.description} is {shown}, {side} {key}={bound:g}")
     return lines
 
 
@@ -134,18 +135,19 @@ def check_judge(config: RunConfig, kinds: Collection[str] | None = None) -> list
     folder = folder_of(config)
     quality = quality_of(folder)
     if quality is None:
-        lines = [f"was never measured as it is to be asked ({folder / QUALITY} is missing)"]
+        lines = [f"it was never measured as it is to be asked ({folder / QUALITY} is missing)"]
     else:
         lines = []
         for kind in kinds_needed(config) if kinds is None else kinds:
             if kind in quality["kinds"]:
                 lines += shortfalls(kind, quality["kinds"][kind], judge)
             else:
-                lines.append(f"{kind}: was not measured, as the data had no such examples")
+                lines.append(f"{kind}: it was not measured, as the data had no such examples")
     if lines and not judge.force:
         raise CheckpointError(
-            f"judge={config.judge}: {'; '.join(lines)}; measure it with the same stage.judge keys (r1pipe "
-            f"judge {config.judge} data=NAME), take another judge, or use it anyway with {FORCE}"
+            f"judge={config.judge} cannot be relied on: {'; '.join(lines)}; measure it with the same "
+            f"stage.judge keys (r1pipe judge {config.judge} data=NAME), take another judge, or use it anyway "
+            f"with {FORCE}"
         )
     return lines
 

@@ -58,8 +58,9 @@ def question_hash(question: str, context: Sequence[Message] = ()) -> str:
 
 def read_problems(run: RunFolder) -> list[Problem]:
     """The problems of a run's evaluation, in its order. Raises CheckpointError where there are none."""
-    import pyarrow as pa  # takes a tenth of a second; only commands that read it need it
-    import pyarrow.parquet as pq
+    import pyarrow.parquet as pq  # takes a tenth of a second; only commands that read it need it
+
+    from r1pipe.runs.samples import reading
 
     path = run.completions
     if not path.is_file():
@@ -68,11 +69,8 @@ def read_problems(run: RunFolder) -> list[Problem]:
             f"`r1pipe eval {run.run_id}` makes one"
         )
     names = ["prompt_id", "question", "question_hash", "draw", "correct"]
-    try:
+    with reading(path, "evaluate it again"):
         rows = pq.read_table(path, columns=names).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        detail = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read ({detail}); evaluate it again") from None
     problems: dict[str, Problem] = {}
     for row in rows:
         key = row["question_hash"] + row["prompt_id"]

@@ -79,8 +79,8 @@ def shortfalls(
         if not is_within:
             shown = "unknown" if value is None else f"{value:.3g}"
             side = "below" if measure.at_least else "beyond"
-            line = f"{kind} {measure.description} {shown}, {side} stage.preference.{measure.key}={bound:g}"
-            lines.append(line)
+            key = f"stage.preference.{measure.key}"
+            lines.append(f"{kind}: {measure.description} is {shown}, {side} {key}={bound:g}")
     return lines
 
 
@@ -106,11 +106,11 @@ def check_quality(config: RunConfig) -> list[str]:
         if kind in quality:
             lines += shortfalls(kind, quality[kind], stage.preference)
         else:
-            lines.append(f"{kind} was never measured ({checkpoint / kind / QUALITY} is missing)")
+            lines.append(f"{kind}: it was never measured ({checkpoint / kind / QUALITY} is missing)")
     if lines and not stage.preference.force:
         raise CheckpointError(
-            f"weak reward models in {made_by}: {'; '.join(lines)}; train them on more or better data "
-            f"(r1pipe run stage={STAGE}), or use them anyway with {FORCE}"
+            f"the reward models of {made_by} cannot be relied on: {'; '.join(lines)}; train them on more or "
+            f"better data (r1pipe run stage={STAGE}), or use them anyway with {FORCE}"
         )
     return lines
 

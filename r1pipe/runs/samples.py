@@ -8,7 +8,8 @@ A row is one demonstration with its provenance. Sample: {"kind": "reasoning", "p
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,10 @@ def kind_of(prompt: Prompt) -> str:
     return "general" if prompt.task in GENERAL_TASKS else "reasoning"
 
 
-def row_of(demonstration: Demonstration, kind: str) -> Row:
-    """A demonstration as a row."""
-    prompt = demonstration.prompt
+def prompt_columns(prompt: Prompt) -> Row:
+    """The columns of a row that are its prompt's, without its checker."""
     context = [asdict(message) for message in prompt.context]
     return {
-        "kind": kind,
         "prompt_id": prompt.id,
         "task": prompt.task,
         "language": prompt.language,
@@ -66,6 +65,14 @@ def row_of(demonstration: Demonstration, kind: str) -> Row:
         "answer": prompt.answer,
         "context": json.dumps(context, ensure_ascii=False) if context else None,
         "prompt_source": prompt.source or None,
+    }
+
+
+def row_of(demonstration: Demonstration, kind: str) -> Row:
+    """A demonstration as a row."""
+    return {
+        "kind": kind,
+        **prompt_columns(demonstration.prompt),
         "response": demonstration.response,
         **{name: getattr(demonstration, name) or None for name in ORIGIN},
         "filters": json.dumps(demonstration.filters) if demonstration.filters else None,
@@ -94,10 +101,15 @@ def demonstration_of(row: Mapping[str, Any]) -> Demonstration:
     return Demonstration(prompt_of(row), row["response"], source=source, filters=filters, **origin)
 
 
-def write(path: Path, rows: Sequence[Row], more: Mapping[str, pa.DataType] | None = None) -> None:
+def write(
+    path: Path,
+    rows: Sequence[Row],
+    more: Mapping[str, pa.DataType] | None = None,
+    metadata: Mapping[bytes, bytes] | None = None,
+) -> None:
     """One parquet file, atomically. `more`: columns of the caller's own, after ours, and their types. Raises
     KeyError for a column that is neither."""
-    schema = pa.schema([*SCHEMA, *(more or {}).items()])
+    schema = pa.schema([*SCHEMA, *(more or {}).items()], metadata)
     for name in {name for row in rows for name in row}:
         schema.field(name)
     with replacing(path) as temporary:
@@ -110,13 +122,20 @@ def read(path: Path, columns: Iterable[str] | None = None) -> list[Row]:
     Raises CheckpointError where it cannot be read.
     """
     wanted = list(columns or COLUMNS)
-    try:
+    with reading(path):
         there = pq.read_schema(path).names
         rows = pq.read_table(path, columns=[name for name in wanted if name in there]).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read ({said}); copy the run folder again") from None
     return [dict.fromkeys(wanted) | row for row in rows]
+
+
+@contextmanager
+def reading(path: Path, remedy: str = "copy the run folder again") -> Iterator[None]:
+    """While a file of a run is read by pyarrow: raises CheckpointError where it is damaged or missing."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read ({said}); {remedy}") from None
 
 
 # --- what a run was trained on

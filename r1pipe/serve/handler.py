@@ -29,8 +29,12 @@ class Serving(Protocol):
 
     config: ServeConfig
     key: str  # that clients must show; "": none
+    url: str
     reader: Reader
     engine: Engine
+
+    def is_named(self, host: str) -> bool:
+        """Whether a Host header names this server."""
 
     def count(self, change: int) -> None:
         """How many more requests are being answered."""
@@ -78,7 +82,13 @@ class Handler(BaseHTTPRequestHandler):
             self.server.count(-1)
 
     def _check_client(self) -> None:
-        """Raises Refused for a client without the key, and for a page of some site in a browser."""
+        """Raises Refused for a client without the key, and for a page of some site in a browser: one that
+        asks across origins, and one whose own name was made to lead here (DNS rebinding); it has no key."""
+        for host in self.headers.get_all("Host", []) if not self.server.key else []:
+            if not self.server.is_named(host):
+                remedy = f"start it with --host NAME, or with a key in ${self.server.config.key_variable}"
+                message = f"this server is not called {host[:80]!r}; ask {self.server.url}, {remedy}"
+                raise Refused(403, message, "forbidden")
         origin = self.headers.get("Origin")
         if origin and urlsplit(origin).netloc != self.headers.get("Host"):
             raise Refused(403, "requests from web pages of other origins are not answered", "forbidden")

@@ -5,8 +5,11 @@ import os
 import socket
 import sys
 import threading
+from contextlib import suppress
 from http.server import ThreadingHTTPServer
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 from r1pipe.config.serving import ServeConfig
 from r1pipe.core.errors import EnvironmentProblem
@@ -46,6 +49,23 @@ class Server(ThreadingHTTPServer):
         host, port = self.server_address[:2]
         host = host.decode() if isinstance(host, bytes) else host
         return f"http://{f'[{host}]' if ':' in str(host) else host}:{port}/v1"
+
+    def is_named(self, host: str) -> bool:
+        """Whether a Host header names this server: by an address or a name that no stranger's DNS gives out.
+        The port may be that of a tunnel. On loopback no other address leads here."""
+        try:
+            parts = urlsplit(f"//{host}")
+            name, _ = parts.hostname or "", parts.port
+        except ValueError:
+            return False
+        with suppress(ValueError):
+            address = ip_address(name)
+            return address.is_loopback or not self._is_loopback()
+        names = {"localhost", self.config.host.lower()}
+        return name in names or (not self._is_loopback() and name == socket.gethostname().lower())
+
+    def _is_loopback(self) -> bool:
+        return ip_address(self.server_name.partition("%")[0]).is_loopback
 
     def server_bind(self) -> None:
         """As TCPServer's: HTTPServer's looks a name up, which may take long."""

@@ -31,7 +31,7 @@ from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.run import Run
 
 Figures = dict[str, Any]
-BASELINE = "baseline"  # in a run's data/: answers of the baseline
+BASELINE = "baseline"  # in a run's data/: answers of the baseline; and their random stream
 ANSWERS = ("answer", "response", "output", "completion")  # columns of a baseline's file
 QUESTIONS = ("question", "instruction", "prompt")
 
@@ -56,10 +56,10 @@ def judge_answers(run: Run[EvaluateConfig], ranks: Ranks) -> Figures:
     prompts = general_prompts(run)
     places = range(ranks.rank, len(prompts), ranks.world_size)
     mine = [prompts[i] for i in places]
-    texts = answers_of(run, ranks, mine)
+    texts = answers_of(run, ranks, mine, len(prompts))
     ratings: list[dict[str, float | None]] = [{} for _ in mine]
     for kind in config.rates:
-        show = partial(_show, run, f"judging ({kind})")
+        show = partial(_show, run, f"judging ({kind})", len(prompts))
         for row, rating in zip(
             ratings, judge.rate(list(zip(mine, texts, strict=True)), kind, show), strict=True
         ):
@@ -68,9 +68,10 @@ def judge_answers(run: Run[EvaluateConfig], ranks: Ranks) -> Figures:
     lengths = [(len(judged_part(judge.prompts.pairwise, text)), 0) for text in texts]
     baseline = None
     if config.baseline:
-        baseline, others = baseline_answers(run, ranks, judge, mine)
+        baseline, others = baseline_answers(run, ranks, judge, mine, len(prompts))
         pairs = list(zip(mine, texts, others, strict=True))
-        margins = [each.margin for each in judge.compare(pairs, partial(_show, run, "comparing"))]
+        show = partial(_show, run, "comparing", 2 * len(prompts))  # in both orders
+        margins = [each.margin for each in judge.compare(pairs, show)]
         other_lengths = [len(judged_part(judge.prompts.pairwise, text)) for text in others]
         lengths = [(own, other) for (own, _), other in zip(lengths, other_lengths, strict=True)]
     rows = [Judged(*row) for row in zip(places, ratings, margins, lengths, strict=True)]
@@ -81,8 +82,16 @@ def judge_answers(run: Run[EvaluateConfig], ranks: Ranks) -> Figures:
     return {**figures, "judge": summary_of(run, ranks, judge)}
 
 
-def _show(run: Run[Any], what: str, done: int, total: int) -> None:
-    run.progress(what, done, total, "questions")
+def check_answers(run: Run[EvaluateConfig]) -> None:
+    """Before weights are loaded. Raises DataError where there are no general prompts, or a baseline's file
+    lacks an answer to one of them."""
+    prompts, baseline = general_prompts(run), run.stage.judge.baseline if run.stage.judge else None
+    if baseline and Path(baseline).suffix == ".jsonl":
+        answers_in(Path(baseline), prompts)
+
+
+def _show(run: Run[Any], what: str, of_all: int, done: int, total: int) -> None:
+    run.shared_progress(what, done, of_all, "questions")
 
 
 def general_prompts(run: Run[EvaluateConfig]) -> list[Prompt]:
@@ -101,8 +110,9 @@ def general_prompts(run: Run[EvaluateConfig]) -> list[Prompt]:
     return prompts
 
 
-def answers_of(run: Run[EvaluateConfig], ranks: Ranks, prompts: Sequence[Prompt]) -> list[str]:
-    """This rank's share of the answers, drawn as the evaluation draws them."""
+def answers_of(run: Run[EvaluateConfig], ranks: Ranks, prompts: Sequence[Prompt], of_all: int) -> list[str]:
+    """The answers to this rank's share of the prompts, drawn as the evaluation draws them. `of_all`: how many
+    all ranks have."""
     config = run.stage.eval
     params = SamplingParams(
         *(config.max_tokens, config.temperature, config.top_p, 1, run.seed("judged answers")),
@@ -110,15 +120,15 @@ def answers_of(run: Run[EvaluateConfig], ranks: Ranks, prompts: Sequence[Prompt]
         max_num_seqs=config.max_num_seqs,
     )
     tokens = [run.chat.prompt_tokens(prompt) for prompt in prompts]
-    drawn = run.sampler.generate(tokens, params, partial(_show, run, "answering"))
+    drawn = run.sampler.generate(tokens, params, partial(_show, run, "answering", of_all))
     return [run.chat.response(completion.tokens) for completion in drawn]
 
 
 def baseline_answers(
-    run: Run[EvaluateConfig], ranks: Ranks, judge: Judge, prompts: Sequence[Prompt]
+    run: Run[EvaluateConfig], ranks: Ranks, judge: Judge, prompts: Sequence[Prompt], of_all: int
 ) -> tuple[str, list[str]]:
-    """Whose answers the baseline's are, and its answer to each prompt. Raises DataError where a file lacks
-    some."""
+    """Whose answers the baseline's are, and its answer to each of this rank's prompts, of which all ranks
+    have `of_all`. Raises DataError where a file lacks some."""
     config, drawn = run.stage.judge, run.stage.eval
     assert config is not None and config.baseline is not None
     path = Path(config.baseline)
@@ -127,11 +137,11 @@ def baseline_answers(
     named = config.baseline if is_server(config.baseline) else checkpoint_of_folder(path)
     answerer = open_answerer(run, ranks, "stage.judge.baseline", named, of_baseline(config))
     params = AnswerParams(
-        *(drawn.max_tokens, drawn.temperature, drawn.top_p, 1, run.seed("judged answers"), drawn.max_num_seqs)
+        *(drawn.max_tokens, drawn.temperature, drawn.top_p, 1, run.seed(BASELINE), drawn.max_num_seqs)
     )
     cache = AnswerCache(run.folder.data / BASELINE, ranks.rank)
     texts = Judge(answerer, judge.config, cache).texts(
-        prompts, params, partial(_show, run, "answers of the baseline")
+        prompts, params, partial(_show, run, "answers of the baseline", of_all)
     )
     answerer.close()
     return answerer.identity.name, [text for [text] in texts]

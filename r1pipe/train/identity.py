@@ -31,7 +31,7 @@ def measure(run: Run[Any], ranks: Ranks, config: EvalConfig) -> dict[str, Any] |
     )
 
     def progress(done: int, total: int) -> None:
-        run.progress("asking who it is", done, total, "completions")
+        run.shared_progress("asking who it is", done, len(prompts), "completions")
 
     drawn: list[tuple[int, str]] = []
     with stopping.leaving_early(ranks):

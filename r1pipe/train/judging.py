@@ -27,8 +27,8 @@ def open_judge(run: Run[Any], ranks: Ranks, kinds: Collection[str] | None = None
     Raises CheckpointError where it was not measured or is too weak, and what open_answerer raises.
     """
     weaknesses = check_judge(run.config, kinds)
-    for weakness in weaknesses:
-        run.warn(f"weak judge, used because {FORCE}: {weakness}")
+    if weaknesses:
+        run.warn(f"judge={run.config.judge} is used because of {FORCE}, although {'; '.join(weaknesses)}")
     judge = open_unmeasured(run, ranks)
     judge.weaknesses = weaknesses
     return judge

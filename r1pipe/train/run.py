@@ -27,6 +27,7 @@ from r1pipe.config import (
     StageConfig,
     read_config,
 )
+from r1pipe.config.benchmark import task_of
 from r1pipe.config.transfer import samplings
 from r1pipe.core.errors import (
     CheckpointError,
@@ -89,6 +90,10 @@ class Run(Resumable[S]):
 
     def generator(self, stream: str, step: int = 0) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed(stream, step))
+
+    def shared_progress(self, what: str, done: int, total: int, unit: str) -> None:
+        """As `progress`, of work that the ranks share out evenly: `done` by this rank, of `total` by all."""
+        self.progress(what, min(done * self.world_size, total), total, unit)
 
     def progress(self, what: str, done: int, total: int, unit: str, **show: float) -> None:
         """Report how far a piece of work is; cheap enough to call in every iteration of a loop."""
@@ -157,9 +162,10 @@ class Run(Resumable[S]):
                     f"{key}"
                 )
 
-    def load_data(self) -> Source:
+    def load_data(self, evaluates: bool = True) -> Source:
         """The source that `data` names. Raises DataError if a run with checkpoints would resume with other
-        data."""
+        data, and, where the job `evaluates`, if its held-out problems cannot be read: before weights are
+        loaded, and not when training is over."""
         config = self.config
         source = open_data(config.data, config.seed, self.folder.data, self.warn, config.screening)
         if self.rank == 0:
@@ -171,6 +177,8 @@ class Run(Resumable[S]):
         for line in source.layouts:
             self.show(say=f"data: {line}")
             log.info("data: %s", line)
+        if evaluates and self.stage.eval.problems and not task_of(config.benchmark):
+            source.prompts(self.stage.eval.split, 1, 0)
         self.data = source
         return source
 

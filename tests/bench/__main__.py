@@ -78,6 +78,8 @@ class Bench:
 
     def run(self) -> list[Row]:
         """Measure everything and print the table. Raises EnvironmentProblem where nothing can be measured."""
+        models = dict.fromkeys(model for case in self.config.cases for model in case.models)
+        shapes = {model: self.config.shape(model) for model in models}  # a wrong name is told at once
         sheet = data_sheet(gpu_name()) if self.config.device == "cuda" else {}
         peers = {peer for case in self.config.cases for peer in case.peers}
         for peer in sorted(peer for peer in peers if not self.installed[peer]):
@@ -89,8 +91,8 @@ class Bench:
             peaks, bandwidth = self.peaks(folder), self.bandwidth(folder)
             rows: list[Row] = []
             tables: list[RenderableType] = []
-            for model in dict.fromkeys(model for case in self.config.cases for model in case.models):
-                weights, shape = folder / model, self.config.shape(model)
+            for model, shape in shapes.items():
+                weights = folder / model
                 make_weights(shape, weights)
                 for case in self.config.cases:
                     if model in case.models:

@@ -11,7 +11,6 @@ a process's own (anonymous) beside what it had before the model.
 import argparse
 import json
 import os
-import random
 import sys
 import tempfile
 import threading
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from faults.forks import warm
+from faults.forks import free_port, warm
 
 from r1pipe.config import RunConfig, script_options, to_mapping
 from r1pipe.config.compose import compose
@@ -145,7 +144,7 @@ def freeze(model: Any, trained: float) -> None:
 
 def on_ranks(what: str, folder: Path, arguments: argparse.Namespace) -> Measured:
     """The worst rank's seconds and memory."""
-    port = random.SystemRandom().randrange(20000, 30000)
+    port = free_port()
     given = [(what, str(folder), rank, port, arguments) for rank in range(arguments.ranks)]
     ranks = [warm().Process(target=rank_main, args=each) for each in given]
     for process in ranks:

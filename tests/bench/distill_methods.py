@@ -22,6 +22,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from r1pipe.config import DistillConfig
+from r1pipe.config.compose import compose
+from r1pipe.config.distill_unused import why_unused
 from r1pipe.core.errors import R1pipeError
 from r1pipe.runs.files import metric_lines
 from r1pipe.runs.results import StoredRun, stored_runs
@@ -88,9 +91,18 @@ def go(given: argparse.Namespace) -> None:
             if name in finished(given.root):
                 continue
             words = ["stage=distill", f"teacher={given.teacher}", f"seed={seed}", f"pipeline={name}"]
-            done = subprocess.run([*command, *words, *METHODS[method], *given.overrides], check=False)
+            more = read_by([*words, *METHODS[method]], given.overrides)
+            done = subprocess.run([*command, *words, *METHODS[method], *more], check=False)
             if done.returncode:
                 print(f"bench: {name} has failed with exit code {done.returncode}", file=sys.stderr)
+
+
+def read_by(words: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """The overrides without those that the method of these words does not read, which a run refuses."""
+    config = compose([*words, *(word for word in overrides if not word.startswith("stage."))]).config
+    assert isinstance(config.stage, DistillConfig)
+    keys = {word: word.partition("=")[0] for word in overrides}
+    return [word for word in overrides if not why_unused(keys[word], config.stage, config.teacher)]
 
 
 def rows(root: Path, before: float, methods: Sequence[str]) -> Iterator[tuple[str, list[Found]]]:

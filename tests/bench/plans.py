@@ -15,16 +15,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from r1pipe.config import ModelConfig, RLConfig, RunConfig, read_config
+from r1pipe.config import ModelConfig, RewardModelConfig, RLConfig, RunConfig, read_config
 from r1pipe.config.planning import ClusterConfig, LayoutConfig, cluster_named, layout_named
 from r1pipe.core.errors import ConfigError, R1pipeError
 from r1pipe.plan import stages
-from r1pipe.plan.planner import GIGA, planned
+from r1pipe.plan.planner import GIGA, Phase, planned
 from r1pipe.runs.files import metric_lines
 from r1pipe.runs.results import StoredRun, stored_runs
+from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL
 
 Lines = Sequence[dict[str, float]]
 
@@ -40,6 +42,26 @@ class Row:
 
 def mean(lines: Lines, name: str) -> float:
     return fmean(line[name] for line in lines if name in line)
+
+
+def longest_rows(run: StoredRun) -> dict[str, int]:
+    """Tokens of the longest row that a reward model of each kind has learned from; of a pair, of its mean."""
+    rows = pq.read_table(run.folder.trained_on, columns=["kind", "tokens"]).to_pylist()
+    return {
+        kind: max(row["tokens"] for row in rows if row["kind"] == name) // of_one
+        for kind, (name, of_one) in {HELPFUL: ("preferences", 2), HARMLESS: ("labels", 1)}.items()
+        if any(row["kind"] == name for row in rows)
+    }
+
+
+def with_rows(phase: Phase, longest: int) -> Phase:
+    """A reward model's phase with rows of so many tokens, in place of the whole context."""
+    steps = replace(
+        phase.config, sequence_length=longest, tokens=float(phase.steps * phase.config.batch_size * longest)
+    )
+    return replace(
+        phase, config=steps, longest=longest, largest_pass=phase.largest_pass * longest // phase.longest
+    )
 
 
 def lengths(config: RunConfig, lines: Lines) -> dict[str, Any]:
@@ -61,7 +83,9 @@ def row_of(run: StoredRun, cluster: ClusterConfig) -> Row:
     """Raises ConfigError where the planner has no answer, or the record none of these figures."""
     config, record = read_config(run.folder.config), run.record
     model, ranks = config.model, config.engine.ranks
-    if record is None or "training" not in record.get("memory_gb", {}):
+    measured = dict[str, float]() if record is None else record.get("memory_gb", {})
+    trained = "all" if isinstance(config.stage, RewardModelConfig) else "training"
+    if record is None or trained not in measured:
         raise ConfigError("its record has no memory_gb of training")
     if not isinstance(model, ModelConfig):
         raise ConfigError("model=hf cannot be planned yet")
@@ -72,15 +96,19 @@ def row_of(run: StoredRun, cluster: ClusterConfig) -> Row:
     lines = [line for _, line in metric_lines(run.folder.metrics)]
     layout: LayoutConfig = layout_named([], "default", stages.of_engine(config, cluster))
     layout = replace(layout, **lengths(config, lines))
-    phase = stages.phase_of(config, layout)
-    found = planned(model, cluster, layout, phase)
+    phases = stages.phases_of(config, layout, cluster)
+    if isinstance(config.stage, RewardModelConfig):
+        phases = [
+            with_rows(phase, rows) for phase, rows in zip(phases, longest_rows(run).values(), strict=True)
+        ]
+    found = [planned(model, cluster, layout, phase) for phase in phases]
     took = sum(record["seconds"].get(name, 0.0) for name in ("update", "sampling"))
-    if phase.rollout is None:  # sampling made the data of an SFT
+    if phases[0].rollout is None:  # sampling made the data of an SFT
         took = record["seconds"]["update"]
-    in_all = found.step.total * phase.steps
+    in_all = sum(one.step.total * one.phase.steps for one in found)
     return Row(
         run.folder.run_id,
-        (record["memory_gb"]["training"], found.memory.total / GIGA),
+        (measured[trained], max(one.memory.total for one in found) / GIGA),
         (took / steps, in_all / steps),
     )
 

@@ -9,9 +9,11 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import forkserver
@@ -39,8 +41,7 @@ def run_job(script: str, folder: Path, ranks: int, kill: Kill | None = None) -> 
 
     When one rank is dead the others are killed, too, as with the node they run on.
     """
-    port = random.SystemRandom().randrange(20000, 30000)
-    context = warm()
+    context, port = warm(), free_port()
     jobs = [
         context.Process(target=rank_main, args=(script, str(folder), rank, ranks, port, kill))
         for rank in range(ranks)
@@ -72,6 +73,15 @@ def calls_of(folder: Path, ranks: int) -> list[Counter[str]]:
     """By rank: point -> how often it was come by."""
     paths = [folder / CALLS.format(rank) for rank in range(ranks)]
     return [Counter(path.read_text().splitlines()) for path in paths]
+
+
+def free_port() -> int:
+    """Where ranks may meet: below the ports that the system hands out by itself, and nobody listens there."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 30000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @cache

@@ -14,8 +14,7 @@ from typing import BinaryIO
 
 from r1pipe.chat.answerer import AnswerParams, Identity, Spent
 from r1pipe.core.types import Prompt
-
-FILES = "judge-*.jsonl"
+from r1pipe.runs.answers import OF_JUDGES
 
 
 def key_of(judge: Identity, prompt: Prompt, params: AnswerParams) -> str:
@@ -26,15 +25,23 @@ def key_of(judge: Identity, prompt: Prompt, params: AnswerParams) -> str:
     return hashlib.sha256(json.dumps([*asked, *how]).encode()).hexdigest()
 
 
+def stream_of(prompt: Prompt, seed: int) -> int:
+    """The seed of a batch that begins with this prompt: batches share no random numbers, whichever rank or
+    session asks, and however much of the work was in the cache."""
+    context = [asdict(message) for message in prompt.context]
+    asked = json.dumps([seed, context, prompt.question])
+    return int(hashlib.sha256(asked.encode()).hexdigest()[:16], 16) >> 1
+
+
 class AnswerCache:
     """What judges have answered in a run, of all its sessions and ranks."""
 
     def __init__(self, folder: Path, rank: int = 0):
         """Reads what is there; a line that a kill has cut off is left out, and asked again."""
-        self.path = folder / FILES.replace("*", str(rank))
+        self.path = folder / OF_JUDGES.replace("*", str(rank))
         self.spent = Spent()  # by all ranks, before this session; and by this one since
         self._texts: dict[str, list[str]] = {}
-        for path in sorted(folder.glob(FILES)):
+        for path in sorted(folder.glob(OF_JUDGES)):
             for line in path.read_bytes().splitlines():
                 self._take(line)
 

@@ -12,7 +12,7 @@ from r1pipe.chat.answerer import Answerer, AnswerParams, Identity, Progress
 from r1pipe.config.judge import JudgeConfig, JudgePrompt, prompts_of
 from r1pipe.core.estimates import mean
 from r1pipe.core.types import Prompt
-from r1pipe.rewards.judge.cache import AnswerCache, key_of
+from r1pipe.rewards.judge.cache import AnswerCache, key_of, stream_of
 from r1pipe.rewards.judge.prompts import filled, judged_part, question_of, read_verdict
 from r1pipe.runs import heartbeat
 
@@ -167,7 +167,8 @@ class Judge:
         for batch in _batches([*missing.items()], TOGETHER * params.max_num_seqs):
             heartbeat.tick()
             before = replace(self.answerer.spent)
-            answers = self.answerer.answer([prompt for _, prompt in batch], params)
+            part = [prompt for _, prompt in batch]
+            answers = self.answerer.answer(part, replace(params, seed=stream_of(part[0], params.seed)))
             texts = [[completion.text for completion in completions] for completions in answers]
             self.cache.put(
                 [(key, text) for (key, _), text in zip(batch, texts, strict=True)],

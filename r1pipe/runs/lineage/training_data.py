@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from r1pipe.config import STAGE_TYPES, DistillConfig, EvaluateConfig, PretrainConfig, RLConfig
 from r1pipe.config.groups import read as read_values
 from r1pipe.config.judge import REWARDS as JUDGE_REWARDS
-from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import samples
 from r1pipe.runs.lineage.ancestors import Ancestor
@@ -155,12 +154,9 @@ def _rows(result: TrainedOn, path: Path) -> TrainedOn:
 
 def _columns(path: Path, names: Sequence[str]) -> pa.Table:
     """The named columns of a file, null where an earlier version has none. Raises CheckpointError."""
-    try:
+    with samples.reading(path):
         there = pq.read_schema(path)
         table = pq.read_table(path, columns=[name for name in names if name in there.names])
-    except (OSError, pa.ArrowException) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read ({said}); copy the run folder again") from None
     kinds = {"length": pa.int64(), "tokens": pa.int64(), "trained": pa.bool_()}
     columns = {
         name: table[name].cast(kinds.get(name, pa.string()))
@@ -239,11 +235,8 @@ def find(found: Sequence[Ancestor], wanted: str) -> Iterator[dict[str, Any]]:
 
 
 def _matching(path: Path, wanted: str) -> list[dict[str, Any]]:
-    try:
+    with samples.reading(path):
         return pq.read_table(path, filters=[("prompt_id", "=", wanted)]).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read ({said}); copy the run folder again") from None
 
 
 def _told(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ Axes: B rows, T tokens, N learned tokens, D hidden width, V vocabulary, K stored
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor
 from r1pipe.chat.template import Chat
 from r1pipe.config import DistillConfig, DivergenceConfig
 from r1pipe.core.errors import CheckpointError, DataError
+from r1pipe.core.paths import RunFolder
 from r1pipe.core.types import Demonstration, Example
 from r1pipe.data.packing import Batch, Packed, collate, pack
 from r1pipe.model import Balance, Policy
@@ -27,9 +27,9 @@ from r1pipe.runs import samples
 from r1pipe.train.distill.losses import of_stored, of_vocabulary
 from r1pipe.train.distill.teacher import FrozenTeacher, load_teacher
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.extract.alignment import NONE, TopK
+from r1pipe.train.extract.alignment import TopK
 from r1pipe.train.extract.dataset import read_rows
-from r1pipe.train.extract.distribution import stored_top
+from r1pipe.train.extract.stored import Stored
 from r1pipe.train.finish import finish_stage
 from r1pipe.train.loading import load_policy
 from r1pipe.train.rollout import SamplingParams
@@ -111,9 +111,15 @@ class OwnRow(Packed):
 
 @dataclass
 class StoredExample(Example):
-    """A response with the teacher's probabilities of its T learned tokens."""
+    """A response with the teacher's probabilities of its T learned tokens, which stay on disk."""
 
-    top: TopK
+    stored: Stored | Sequence[TopK]
+    place: int  # among what is stored
+    known: int  # learned tokens of which something is known
+
+    @property
+    def top(self) -> TopK:
+        return self.stored[self.place]
 
 
 @dataclass
@@ -130,21 +136,21 @@ class StoredRow(Packed):
     @property
     def known(self) -> int:
         """Learned tokens of which something is known."""
-        return sum(int((one.top.ids_TK != NONE).any(-1).sum()) for one in self.examples)
+        return sum(one.known for one in self.examples)
 
 
-def stored_examples(chat: Chat, dataset: Path) -> list[StoredExample]:
-    """The dataset's responses with their probabilities. Raises CheckpointError where they do not belong
-    together."""
-    found = []
+def stored_examples(chat: Chat, folder: RunFolder) -> list[StoredExample]:
+    """The responses of a run's dataset with their probabilities. Raises CheckpointError where they do not
+    belong together."""
+    dataset, stored, found = folder.dataset, Stored(folder.distributions), []
     for row in read_rows(dataset):
-        example, top = chat.example(samples.prompt_of(row), row["response"]), stored_top(row)
-        if top is None or len(top.rest_T) != sum(example.loss):
+        example, place = chat.example(samples.prompt_of(row), row["response"]), row["distribution"]
+        if place is None or place >= len(stored) or stored.tokens(place) != sum(example.loss):
             raise CheckpointError(
                 f"{dataset} has no probabilities of the {sum(example.loss)} tokens of a response; remove it "
                 "and repeat the command to ask the teacher again"
             )
-        found.append(StoredExample(example.tokens, example.loss, top))
+        found.append(StoredExample(example.tokens, example.loss, stored, place, stored.known(place)))
     return found
 
 
@@ -166,7 +172,7 @@ def with_own_answers(
     assert run.stage.divergence is not None
     share_of = run.stage.divergence.on_policy
     for number, (rows, after) in enumerate(batches(step, position), step + 1):
-        random = run.rng("on-policy", number)
+        random = run.rng("on-policy rows", number)
         count = int(share_of * len(rows) + random.random())  # right on average
         chosen = sorted(random.choice(len(rows), size=count, replace=False).tolist())
         others = [row for place, row in enumerate(rows) if place not in chosen]
@@ -274,14 +280,14 @@ class DivergenceLoss(LMLoss):
 
 def stored_of(rows: Sequence[Packed], device: torch.device) -> dict[str, Tensor]:
     """The fields of a TeacherBatch for rows with stored probabilities; rows without examples are empty."""
-    examples = [one for row in rows if isinstance(row, StoredRow) for one in row.examples]
+    tops = [one.top for row in rows if isinstance(row, StoredRow) for one in row.examples]
 
     def joined(arrays: list[np.ndarray], kind: type, empty: tuple[int, ...]) -> Tensor:
         whole = np.concatenate(arrays) if arrays else np.zeros(empty)
         return torch.from_numpy(whole.astype(kind)).to(device)
 
     return {
-        "tokens_NK": joined([one.top.ids_TK for one in examples], np.int64, (0, 1)),
-        "logprobs_NK": joined([one.top.logprobs_TK for one in examples], np.float32, (0, 1)),
-        "rest_N": joined([one.top.rest_T for one in examples], np.float32, (0,)),
+        "tokens_NK": joined([top.ids_TK for top in tops], np.int64, (0, 1)),
+        "logprobs_NK": joined([top.logprobs_TK for top in tops], np.float32, (0, 1)),
+        "rest_N": joined([top.rest_T for top in tops], np.float32, (0,)),
     }

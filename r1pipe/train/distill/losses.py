@@ -119,10 +119,19 @@ def ranking_loss(margins_P: Tensor, config: RankingConfig) -> Tensor:
 # --- tokens that the student drew
 
 
-def teacher_advantages(old_N: Tensor, teacher_N: Tensor, coef: float) -> Tensor:
-    """coef (log pi_teacher - log pi_student) of each drawn token: minus the estimate of the reverse KL, k1.
+def teacher_advantages(old_T: Tensor, teacher_T: Tensor, coef: float, discount: float = 0.0) -> Tensor:
+    """Advantages [T] of a completion's tokens: coef (log pi_teacher - log pi_student), minus the reverse KL's
+    estimate k1, as a mean over the token and those that follow, whose weights fall by `discount` each.
 
-    With it as the advantage, the policy gradient is on average that of KL(student || teacher) at each token,
-    the tokens before it taken as given (On-policy distillation, Thinking Machines Lab, 2025).
+    Without a discount the policy gradient is on average that of KL(student || teacher) at each token, the
+    tokens before it taken as given (On-policy distillation, Thinking Machines Lab, 2025). With one a token
+    also answers for where it leads (MiniLLM, arXiv 2306.08543, eq. 2).
     """
-    return coef * (teacher_N - old_N)
+    advantages_T = teacher_T - old_T
+    if discount:
+        following, backwards = 0.0, []
+        for gap in reversed(advantages_T.tolist()):
+            following = gap + discount * following
+            backwards.append(following)
+        advantages_T = advantages_T.new_tensor(backwards[::-1])
+    return coef * (1 - discount) * advantages_T

@@ -5,16 +5,19 @@ token's advantage is the teacher's log-probability of it less the student's. All
 train/rl.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from itertools import chain
 from typing import Any, cast
 
 import numpy as np
+from torch import Tensor
 
 from r1pipe.config import DistillConfig, RLConfig
 from r1pipe.config.fields import check_all
-from r1pipe.config.transfer import as_rl, transfer_rules
+from r1pipe.config.transfer import as_rl, in_distillation, transfer_rules
+from r1pipe.core.errors import R1pipeError
 from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.data.source import Source
 from r1pipe.runs.files import read_object, write_json
@@ -49,31 +52,51 @@ def reinforce_student(run: Run[DistillConfig], prompts: Sequence[Prompt], data_h
     if config.teacher_coef:
         assert teacher_from is not None
         model = Reference(load_teacher(run, teacher_from), run.config.engine)
-        teacher = TeacherAdvantages(model, as_reinforcement.stage, config.teacher_coef)
-    reinforce(as_reinforcement, custom, teacher, data_hash, scorer)
+        teacher = TeacherAdvantages(
+            model, as_reinforcement.stage, config.teacher_coef, config.teacher_discount
+        )
+    with naming_its_keys():
+        reinforce(as_reinforcement, custom, teacher, data_hash, scorer)
+
+
+@contextmanager
+def naming_its_keys() -> Iterator[None]:
+    """Errors of reinforcement name its keys where a distillation has them."""
+    try:
+        yield
+    except R1pipeError as error:
+        error.args = (in_distillation(str(error)), *error.args[1:])
+        raise
 
 
 class TeacherAdvantages:
     """Gives the tokens that the student has drawn advantages, in proportion to how likely it finds them."""
 
-    def __init__(self, model: Reference, config: RLConfig, coef: float):
-        self.model, self.config, self.coef = model, config, coef
+    def __init__(self, model: Reference, config: RLConfig, coef: float, discount: float):
+        self.model, self.config, self.coef, self.discount = model, config, coef, discount
         self.ranks: Ranks = model.frozen
 
     def set_advantages(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        """Set each token's advantage: the completion's, and `coef` times the teacher's log-probability less
-        the student's. All ranks call."""
+        """Set each token's advantage: the completion's, and the teacher's less its mean over the batch, a
+        baseline that changes the gradient's noise and not its mean. All ranks call."""
         batches = by_prompt(rollouts, self.config.max_tokens_per_micro_batch)
         micros = [collate(rows, None, 0.0, self.model.device) for rows in batches]
         found = self.model.logprobs(micros, self.config.sampling.temperature)
-        gap, tokens = 0.0, 0
+        gap, total = 0.0, 0.0
+        of_teacher: list[tuple[Rollout, Tensor]] = []
         for rows, micro, teacher_N in zip(batches, micros, found, strict=True):
             gap += (micro.old_N - teacher_N).sum().item()
-            tokens += len(teacher_N)
-            advantages_N = micro.advantages_N + teacher_advantages(micro.old_N, teacher_N, self.coef)
-            for rollout, of_T in zip(rows, advantages_N.split(micro.lengths_B.tolist()), strict=True):
-                rollout.advantages = of_T.tolist()
-        gap, whole = self.ranks.sum_over_ranks([gap, float(tokens)])
+            lengths = micro.lengths_B.tolist()
+            of_rows = zip(micro.old_N.split(lengths), teacher_N.split(lengths), strict=True)
+            for rollout, (old_T, teacher_T) in zip(rows, of_rows, strict=True):
+                advantages_T = teacher_advantages(old_T, teacher_T, self.coef, self.discount)
+                total += advantages_T.sum().item()
+                of_teacher.append((rollout, advantages_T))
+        tokens = sum(len(advantages_T) for _, advantages_T in of_teacher)
+        gap, total, whole = self.ranks.sum_over_ranks([gap, total, float(tokens)])
+        baseline = total / max(1.0, whole)
+        for rollout, advantages_T in of_teacher:
+            rollout.advantages = (rollout.advantage + advantages_T - baseline).tolist()
         return {REVERSE_KL: gap / max(1.0, whole), TEACHER_TOKENS: whole}
 
 

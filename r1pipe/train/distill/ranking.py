@@ -34,7 +34,7 @@ from r1pipe.train.rl.update import Balances, Reference, read
 from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.run import Run, log
 from r1pipe.train.sft.loop import BALANCE_LOSS, Batches, steps_in, train
-from r1pipe.train.sft.shards import SHARD_ROUNDS, in_order, in_shards
+from r1pipe.train.shards import SHARD_ROUNDS, in_order, in_shards
 
 MARGIN, ACCURACY = "ranking/margin", "ranking/accuracy"
 CHOSEN, REJECTED = "ranking/chosen_logp", "ranking/rejected_logp"
@@ -107,17 +107,11 @@ def pairs_of_texts(chat: Chat, pairs: Sequence[PreferencePair]) -> list[Tokenize
     return [
         TokenizedPair(
             chat.prompt_tokens(pair.prompt),
-            answer_tokens(chat, Demonstration(pair.prompt, pair.chosen)),
-            answer_tokens(chat, Demonstration(pair.prompt, pair.rejected)),
+            chat.example(pair.prompt, pair.chosen).targets,
+            chat.example(pair.prompt, pair.rejected).targets,
         )
         for pair in pairs
     ]
-
-
-def answer_tokens(chat: Chat, demonstration: Demonstration) -> list[int]:
-    """The response's tokens, with the end-of-sequence token."""
-    example = chat.example(demonstration.prompt, demonstration.response)
-    return [token for token, learned in zip(example.tokens, example.loss, strict=True) if learned]
 
 
 def pairs_with_own(run: Run[DistillConfig], demonstrations: Sequence[Demonstration]) -> list[TokenizedPair]:
@@ -125,7 +119,7 @@ def pairs_with_own(run: Run[DistillConfig], demonstrations: Sequence[Demonstrati
     answers are kept, so that a resumed run does not draw them again. All ranks call."""
     chat = run.chat
     prompts = [chat.prompt_tokens(demonstration.prompt) for demonstration in demonstrations]
-    chosen = [answer_tokens(chat, demonstration) for demonstration in demonstrations]
+    chosen = [chat.example(one.prompt, one.response).targets for one in demonstrations]
     longest = run.stage.sequence_length
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) + len(chosen[i]) <= longest]
     own = own_answers(run, [prompts[i] for i in fitting])

@@ -29,7 +29,7 @@ def transfer(run: Run[DistillConfig], dataset: Path, data_hash: str) -> None:
         case "sft":
             fine_tune(run, rows, data_hash)
         case "divergence" if stage.extract == "distribution" and not stage.distribution.live:
-            learn_stored(run, stored_examples(run.chat, dataset), data_hash)
+            learn_stored(run, stored_examples(run.chat, run.folder), data_hash)
         case "divergence":
             learn_live(run, rows, data_hash)
         case "rl":
@@ -70,10 +70,14 @@ def prompts_of(dataset: Path, checked: bool) -> list[Prompt]:
 
 def pairs_by_score(dataset: Path) -> list[PreferencePair]:
     """Of each prompt's answers the best with the worst, the second with the second worst and so on, as long
-    as their scores differ. Raises DataError where no scores differ."""
+    as their scores differ; a correction with the answer that it corrects. Raises DataError where no scores
+    differ."""
     rows, pairs = read_rows(dataset), []
-    by_prompt = sorted(rows, key=lambda row: row["prompt_id"])
-    for _, group in groupby(by_prompt, key=lambda row: row["prompt_id"]):
+
+    def together(row: samples.Row) -> tuple[str, int]:
+        return row["prompt_id"], -1 if row["pair"] is None else row["pair"]
+
+    for _, group in groupby(sorted(rows, key=together), key=together):
         ranked = sorted(group, key=lambda row: -row["score"])
         for better, worse in zip(ranked[: len(ranked) // 2], reversed(ranked), strict=False):
             if better["score"] > worse["score"]:

@@ -38,7 +38,21 @@ def import_deepspeed() -> Any:
             if mlflow:
                 sys.modules["mlflow"] = mlflow
         deepspeed.utils.logger.setLevel("WARNING")
+        import_muon()
     return sys.modules["deepspeed"]
+
+
+def import_muon() -> None:
+    """DeepSpeed's Muon without a compiler: each engine above ZeRO level 0 imports it to see whether it is in
+    use, and its decorators import torch's Inductor (2.6 s). No job uses it."""
+    from deepspeed.runtime import compiler
+
+    compile_ = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = compile_
 
 
 def start_deepspeed(device: torch.device) -> Any:

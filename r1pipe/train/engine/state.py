@@ -194,13 +194,17 @@ def _of_place(ranks: Ranks, source: Path, universal: Path, old: Layout, place: i
     takes other places' layers for slices of all layers."""
     if old.pipeline == 1:
         return source
+    from deepspeed.checkpoint import constants
+
+    one = dict.fromkeys((constants.CHECKPOINT_PP_DEGREE, constants.CHECKPOINT_TP_DEGREE), 1)
+    alone = {"mp_world_size": 1, constants.CHECKPOINT_PARALLEL_DIMS: one}
     own, mark = universal / f"place-{place}", f"mp_rank_{place:02d}_"
     if ranks.rank == 0:
         own.mkdir()
         for path in source.glob(f"*{mark}*"):
             name = path.name.replace(mark, "mp_rank_00_")
             if name in MODEL_STATES:  # DeepSpeed expects as many of them as they say
-                torch.save({**load_mapped(str(path), "cpu"), "mp_world_size": 1}, own / name)
+                torch.save({**load_mapped(str(path), "cpu"), **alone}, own / name)
             else:
                 os.link(path, own / name)
     ranks.barrier()

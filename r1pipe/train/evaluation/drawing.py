@@ -46,10 +46,8 @@ def evaluate(
     of them again. With `may_stop` it raises Interrupted in all ranks if one is asked to stop.
     """
     truth_of, strategy_of = run.data.truth, run.data.strategy_of
-    rank, world_size = ranks.rank, ranks.world_size
     general_prompts = general_prompts if truth_of else []
-    share = [len(range(rank, len(pool), world_size)) for pool in (prompts, general_prompts)]
-    total = share[0] * (config.samples + config.greedy) + share[1]
+    total = len(prompts) * (config.samples + config.greedy) + len(general_prompts)
     stop = stopping.requested if may_stop else never
     hot = config.temperature, config.top_p
     with Verdicts() as verdicts:

@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from r1pipe.config import EvalConfig
 from r1pipe.core.types import Completion, Prompt
 from r1pipe.rewards import Verdicts
-from r1pipe.runs.files import replacing
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.run import Run
+from r1pipe.train.shards import SHARD_ROUNDS, fill, missing_of, planned, read_shard
 
 Drawn = tuple[Sequence[int], list[Completion]]  # indices of prompts, and equally many completions of each
-SHARD_ROUNDS = 8  # completions per slot in one shard: few to lose, yet enough to keep the slots full
 
 
 @dataclass
@@ -36,7 +34,7 @@ class EvalSampler:
     config: EvalConfig
     verdicts: Verdicts
     stop: Callable[[], object]
-    total: int  # completions of this rank in all
+    total: int  # completions of all ranks
     context: int | None = None
     folder: Path | None = None
     done: int = 0
@@ -59,7 +57,7 @@ class EvalSampler:
         self.done += len(prompts) * params.n
 
         def progress(count: int, _: int) -> None:
-            self.run.progress("evaluating", before + count, self.total, "completions")
+            self.run.shared_progress("evaluating", before + count, self.total, "completions")
 
         tokens = [chat.prompt_tokens(prompt) for prompt in prompts]
         room = self.context
@@ -68,31 +66,24 @@ class EvalSampler:
         return self.run.sampler.generate(tokens, params, progress, ended, limits, stop=self.stop)
 
     def _in_shards(self, folder: Path, pool: Sequence[Prompt], params: SamplingParams) -> Drawn:
-        folder.mkdir(exist_ok=True)
-        ranks, name = self.ranks, self._digest(pool, params)
+        ranks, prefix = self.ranks, f"{self._digest(pool, params)}-"
         per_shard = max(1, SHARD_ROUNDS * params.max_num_seqs // params.n)
-        per_rank = -(-len(pool) // (per_shard * ranks.world_size))
-        # an interrupted run, maybe with other ranks, has fixed what belongs to which shard
-        known = [int(path.stem.rpartition("-of-")[2]) for path in folder.glob(f"{name}-*.parquet")]
-        count = max(ranks.all_gather_objects(max(known, default=per_rank * ranks.world_size)))
-        indices: list[int] = []
-        completions: list[Completion] = []
-        missing = 0
-        for number in range(ranks.rank, count, ranks.world_size):
-            path, prompts = folder / f"{name}-{number + 1}-of-{count}.parquet", list(pool[number::count])
-            if path.exists():
-                found = _read(path)
-                self.done += len(found)
-            else:
-                missing += 1
-                found = self._generate(prompts, replace(params, first=number, stride=count))
-                self.run.launch.check()
-                _write(path, found)
-            indices += range(number, len(pool), count)
-            completions += found
-        for _ in range(ranks.agree_max(missing) - missing):  # all ranks call the sampler equally often
+        shards = planned(ranks, folder, prefix, len(pool), per_shard)
+        count, drawn = len(shards), dict[int, list[Completion]]()
+
+        def make(number: int) -> pa.Table:
+            of_shard = replace(params, first=number, stride=count)
+            drawn[number] = self._generate(list(pool[number::count]), of_shard)
+            return _table(drawn[number])
+
+        missing = missing_of(ranks, shards)
+        mine = range(ranks.rank, count, ranks.world_size)
+        self.done += sum(len(pool[number::count]) * params.n for number in mine if number not in missing)
+        fill(self.run, missing, make)
+        for _ in range(ranks.agree_max(len(missing)) - len(missing)):  # all call the sampler equally often
             self._generate([], params)
-        return indices, completions
+        indices = [i for number in mine for i in range(number, len(pool), count)]
+        return indices, [one for number in mine for one in drawn.get(number) or _read(shards[number])]
 
     def _digest(self, pool: Sequence[Prompt], params: SamplingParams) -> str:
         """Of weights, prompts and sampling: other ones have other completions."""
@@ -103,16 +94,14 @@ class EvalSampler:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _write(path: Path, completions: list[Completion]) -> None:
+def _table(completions: list[Completion]) -> pa.Table:
     rows = [{"text": c.text, "tokens": len(c.tokens), "finish_reason": c.finish_reason} for c in completions]
     schema = pa.schema([("text", pa.string()), ("tokens", pa.int64()), ("finish_reason", pa.string())])
-    with replacing(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema), temporary, compression="zstd")
+    return pa.Table.from_pylist(rows, schema)
 
 
 def _read(path: Path) -> list[Completion]:
     """Completions whose tokens are counted, and not known."""
     return [
-        Completion([0] * row["tokens"], [], row["finish_reason"], row["text"])
-        for row in pq.read_table(path).to_pylist()
+        Completion([0] * row["tokens"], [], row["finish_reason"], row["text"]) for row in read_shard(path)
     ]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,18 @@ from r1pipe.core.types import Demonstration, Prompt
 from r1pipe.data.screening import Screening
 from r1pipe.rewards.accuracy import is_verifiable
 from r1pipe.runs import samples
+from r1pipe.runs.checkpoints import file_hash
 from r1pipe.runs.files import write_json
+from r1pipe.train.extract.stored import HASH
 from r1pipe.train.run import Run, log
 from r1pipe.train.sft.filters import FILTERS, Sampled, apply_filters
 
-# Columns besides those of r1pipe.runs.samples. A distribution is over the student's tokens of the response, T
-# of them with the end of the answer, K likeliest tokens each; what is not known is token -1.
+# Columns besides those of r1pipe.runs.samples.
 COLUMNS: dict[str, pa.DataType] = {
     "checker": pa.string(),  # JSON, for the task's checker
     "score": pa.float32(),  # of feedback: the teacher's, in 0..1; in an answer's group more is better
-    "top_ids": pa.list_(pa.int32()),  # [T * K] token ids
-    "top_logprobs": pa.list_(pa.float16()),  # [T * K] the teacher's log-probabilities
-    "rest_logprobs": pa.list_(
-        pa.float16()
-    ),  # [T] log of the probability of all other tokens; 0: none is known
+    "pair": pa.int32(),  # the same number for a correction and the answer that it corrects
+    "distribution": pa.int64(),  # the row of its tokens' probabilities (r1pipe.train.extract.stored)
 }
 Steps = list[dict[str, Any]]
 
@@ -41,7 +39,8 @@ class Kept:
     origin: Mapping[str, str | None]  # columns of samples.ORIGIN
     filters: tuple[str, ...] = ()
     score: float | None = None
-    distribution: Mapping[str, Any] = field(default_factory=dict)  # of COLUMNS
+    pair: int | None = None
+    distribution: int | None = None
 
 
 def left_out(stage: DistillConfig) -> list[str]:
@@ -87,7 +86,10 @@ def write_dataset(run: Run[Any], rows: Sequence[Kept], funnel: Steps) -> None:
         )
     stored = [_stored(row) for row in rows]
     there = {name for row in stored for name in row}
-    samples.write(run.folder.dataset, stored, {name: kind for name, kind in COLUMNS.items() if name in there})
+    columns = {name: kind for name, kind in COLUMNS.items() if name in there}
+    beside = run.folder.distributions
+    metadata = {HASH: file_hash(beside).encode()} if "distribution" in there else None
+    samples.write(run.folder.dataset, stored, columns, metadata)
 
 
 def screened_rows(run: Run[Any], rows: Sequence[Kept]) -> list[Kept]:
@@ -96,7 +98,7 @@ def screened_rows(run: Run[Any], rows: Sequence[Kept]) -> list[Kept]:
     screening, kept = Screening(run.config.screening), list[Kept]()
     for row in rows:
         for one in screening.demonstrations([_demonstration(row)]):
-            if one.response == row.response or not row.distribution:
+            if one.response == row.response or row.distribution is None:
                 kept.append(replace(row, response=one.response))
     write_json(run.folder.screening, screening.report())
     return kept
@@ -113,9 +115,9 @@ def _stored(row: Kept) -> samples.Row:
     stored = samples.row_of(_demonstration(row), kind)
     if row.prompt.checker:
         stored["checker"] = json.dumps(row.prompt.checker)
-    if row.score is not None:
-        stored["score"] = row.score
-    return stored | dict(row.distribution)
+    more = {"score": row.score, "pair": row.pair, "distribution": row.distribution}
+    stored |= {name: value for name, value in more.items() if value is not None}
+    return stored
 
 
 def _demonstration(row: Kept) -> Demonstration:

@@ -1,34 +1,35 @@
 """Distributions: what the teacher thinks of each token of a response, its likeliest tokens and the rest.
 
-They are stored as probabilities of the student's tokens, in half precision. A local teacher reads the
-responses, a server tells the likeliest tokens of its own answers (`top_logprobs`). With
+They are stored as probabilities of the student's tokens, in half precision (extract/stored.py). A local
+teacher reads the responses, a server tells the likeliest tokens of its own answers (`top_logprobs`). With
 stage.distribution.live nothing is stored: the teacher is read while the student trains.
 
 Axes: B rows, T tokens of one response with its end, N tokens of a micro-batch, V vocabulary, K top tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from r1pipe.core.types import Completion, Example
+from r1pipe.core.types import Completion
 from r1pipe.runs import samples
 from r1pipe.train.extract.alignment import TopK, aligned, pieces_of, unknown
-from r1pipe.train.extract.dataset import COLUMNS, Kept, Steps
+from r1pipe.train.extract.dataset import Kept, Steps
 from r1pipe.train.extract.feedback import without_evaluation
 from r1pipe.train.extract.reading import read_examples, top_k
+from r1pipe.train.extract.stored import table_of, tops_of, write_stored
 from r1pipe.train.extract.work import ANSWERS, Found, Work
 from r1pipe.train.rollout.sampler import Progress
 from r1pipe.train.sft.filters import EXAMPLES
 from r1pipe.train.sft.rejection import dataset_of, read_dataset
-from r1pipe.train.sft.shards import in_order, in_shards
+from r1pipe.train.shards import in_shards
 
-PER_SHARD = 256  # responses
-NAMES = ("top_ids", "top_logprobs", "rest_logprobs")
-SCHEMA = pa.schema([(name, COLUMNS[name]) for name in NAMES])
+PER_SHARD = 256  # responses, or fewer where they are long:
+VALUES_PER_SHARD = 2**25  # probabilities that a rank holds until they are written, 8 bytes each
 
 
 def distribution(work: Work) -> Found:
@@ -39,6 +40,7 @@ def distribution(work: Work) -> Found:
         prompts, _ = without_evaluation(work, work.data_prompts())
         return Found([Kept(prompt, "", {"licence": prompt.licence}) for prompt in prompts], [])
     completions: list[Completion] = []
+    answers: list[list[Completion]] = []
     if run.config.reads_from:
         rows, funnel = given(work)
     else:
@@ -50,10 +52,12 @@ def distribution(work: Work) -> Found:
         return Found(rows, funnel)
     if work.teacher.is_local:
         rows = work.ranks.all_gather_objects(rows)[0]
-        found = read_by_teacher(work, rows)
+        tops = in_turn(read_by_teacher(work, rows))
     else:
-        found = from_server(work, rows, completions)
-    return Found(*with_known(rows, found, funnel))
+        tops = from_server(work, rows, completions, [*chain.from_iterable(answers)])
+    if work.ranks.rank != 0:
+        return Found([], [])
+    return Found(*with_known(rows, write_stored(run.folder.distributions, tops), funnel))
 
 
 def given(work: Work) -> tuple[list[Kept], Steps]:
@@ -66,15 +70,10 @@ def given(work: Work) -> tuple[list[Kept], Steps]:
     return rows, [{"name": "responses given", "kept": len(rows), "dropped": 0, "examples": []}]
 
 
-def with_known(rows: Sequence[Kept], found: Sequence[TopK | None], funnel: Steps) -> tuple[list[Kept], Steps]:
-    """The rows whose distribution is known somewhere."""
-    kept, dropped = [], []
-    for row, top in zip(rows, found, strict=True):
-        if top is None or (top.ids_TK < 0).all():
-            dropped.append(row.response)
-            continue
-        values = [top.ids_TK.ravel(), top.logprobs_TK.ravel(), top.rest_T]
-        kept.append(replace(row, distribution=dict(zip(NAMES, values, strict=True))))
+def with_known(rows: Sequence[Kept], stored: Mapping[int, int], funnel: Steps) -> tuple[list[Kept], Steps]:
+    """The rows whose distribution is known somewhere: `stored` has its row for the number of each."""
+    kept = [replace(row, distribution=stored[i]) for i, row in enumerate(rows) if i in stored]
+    dropped = [row.response for i, row in enumerate(rows) if i not in stored]
     name = "probabilities of the student's tokens"
     return kept, [
         *funnel,
@@ -82,37 +81,40 @@ def with_known(rows: Sequence[Kept], found: Sequence[TopK | None], funnel: Steps
     ]
 
 
-def read_by_teacher(work: Work, rows: Sequence[Kept]) -> list[TopK | None]:
-    """What a local teacher thinks of each response, in the student's tokens; None where that is too long.
+def read_by_teacher(work: Work, rows: Sequence[Kept]) -> list[Path]:
+    """Shards of what a local teacher thinks of each response, in the student's tokens; null where that is too
+    long.
 
     With the student's tokenizer its probabilities are stored as they are, else where both have one token.
     """
-    teacher, ours, k = work.teacher.local, work.run.chat, work.stage.distribution.top_k
+    teacher, ours, stage = work.teacher.local, work.run.chat, work.stage
+    measure = top_k(stage.distribution.top_k)
     translate = None if teacher.chat.tokenizer_hash == ours.tokenizer_hash else Translation(work)
 
     def draw(part: Sequence[Kept], number: int, of: int, progress: Progress) -> pa.Table:
         examples = [teacher.chat.example(row.prompt, row.response) for row in part]
         found = []
-        for row, example, read in zip(
-            part, examples, read_examples(teacher, examples, top_k(k)), strict=True
-        ):
+        for row, example, read in zip(part, examples, read_examples(teacher, examples, measure), strict=True):
             top = None if read is None else TopK(*read)
             if translate and top is not None:
-                top = translate(row, learned(example), top)
+                top = translate(row, example.targets, top)
             found.append(top)
         progress(len(part), len(part))
-        return pa.Table.from_pylist([_stored(top) for top in found], SCHEMA)
+        return table_of(found)
 
     def idle() -> None:
-        read_examples(teacher, [], top_k(k))
+        read_examples(teacher, [], measure)
 
-    shards = in_shards(work.run, work.ranks, "distribution", rows, PER_SHARD, draw, idle, "responses")
-    return [stored_top(row) for [row] in in_order(shards)]
+    longest = max(stage.sequence_length, stage.sampling.max_tokens)
+    per_shard = max(1, min(PER_SHARD, VALUES_PER_SHARD // (stage.distribution.top_k * longest)))
+    return in_shards(work.run, work.ranks, "distribution", rows, per_shard, draw, idle, "responses")
 
 
-def learned(example: Example) -> list[int]:
-    """The tokens of the response, with the one that ends it."""
-    return [token for token, is_learned in zip(example.tokens, example.loss, strict=True) if is_learned]
+def in_turn(shards: Sequence[Path]) -> Iterator[tuple[int, TopK | None]]:
+    """(response's number, its probabilities), shard by shard: NUMBER of COUNT has every COUNT-th."""
+    for number, shard in enumerate(shards):
+        for place, top in enumerate(tops_of(shard)):
+            yield number + place * len(shards), top
 
 
 class Translation:
@@ -154,7 +156,7 @@ class Translation:
         end: Sequence[tuple[bytes, float]] = (),
     ) -> TopK | None:
         """In the student's tokens; `end`: what is likely after the last of theirs; unknown where empty."""
-        tokens = learned(self.chat.example(row.prompt, row.response))
+        tokens = self.chat.example(row.prompt, row.response).targets
         found = aligned([self.pieces[token] for token in tokens[:-1]], theirs, likely, self.ids, self.k)
         if found is None:
             return None
@@ -162,32 +164,14 @@ class Translation:
         return TopK(*(np.concatenate(pair) for pair in zip(found, last or unknown(1, self.k), strict=True)))
 
 
-def from_server(work: Work, rows: Sequence[Kept], completions: Sequence[Completion]) -> list[TopK | None]:
-    """What a server returned for each of its answers; None without, or of another text."""
-    translate = Translation(work)
-    found: list[TopK | None] = []
-    for row, completion in zip(rows, completions, strict=True):
-        likely = completion.likely or []
-        top = translate.along(row, [piece for piece, _ in likely], [top for _, top in likely])
-        found.append(top if likely else None)
-    return found
-
-
-def _stored(top: TopK | None) -> dict[str, np.ndarray | None]:
-    if top is None:
-        return dict.fromkeys(NAMES)
-    halves = top.logprobs_TK.astype(np.float16).ravel(), top.rest_T.astype(np.float16)
-    return dict(zip(NAMES, (top.ids_TK.ravel(), *halves), strict=True))
-
-
-def stored_top(row: Mapping[str, Any]) -> TopK | None:
-    """The distribution in a row of the dataset; None where it has none."""
-    ids, logprobs, rest = (row[name] for name in NAMES)
-    if ids is None or logprobs is None or rest is None:
-        return None
-    shape = (len(rest), -1)
-    return TopK(
-        np.array(ids, np.int32).reshape(shape),
-        np.array(logprobs, np.float16).reshape(shape),
-        np.array(rest, np.float16),
-    )
+def from_server(
+    work: Work, rows: Sequence[Kept], completions: Sequence[Completion], drawn: Sequence[Completion]
+) -> Iterator[tuple[int, TopK | None]]:
+    """(row's number, what a server returned for its answer), where it is known; `completions`: of the rows,
+    which are among all that were `drawn`."""
+    translate, kept = Translation(work), {id(one): number for number, one in enumerate(completions)}
+    for place, likely in work.teacher.likely(ANSWERS, work.stage.samples_per_prompt):
+        number = kept.get(id(drawn[place]))
+        if likely and number is not None:
+            pieces, top = [piece for piece, _ in likely], [top for _, top in likely]
+            yield number, translate.along(rows[number], pieces, top)

@@ -14,6 +14,7 @@ from r1pipe.train.extract.distribution import distribution
 from r1pipe.train.extract.expand import expand
 from r1pipe.train.extract.feedback import feedback
 from r1pipe.train.extract.label import label
+from r1pipe.train.extract.stored import check_stored
 from r1pipe.train.extract.teacher import TeacherGenerator
 from r1pipe.train.extract.work import Found, Work
 from r1pipe.train.run import Run
@@ -47,6 +48,8 @@ def extract(run: Run[DistillConfig], ranks: Ranks) -> tuple[Path, str]:
     if not is_there:
         make_dataset(run, ranks)
         ranks.barrier()
+    elif ranks.rank == 0:
+        check_stored(run.folder.distributions, path)
     return path, file_hash(path)
 
 

@@ -5,8 +5,9 @@ geometric mean per token, which takes no instruction; and a correction.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from r1pipe.train.loading import load_weights
 from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.rollout.sampler import Progress
 from r1pipe.train.sft.filters import EXAMPLES, EvalQuestions
-from r1pipe.train.sft.shards import SHARD_ROUNDS, in_order, in_shards
+from r1pipe.train.shards import SHARD_ROUNDS, in_order, in_shards
 
 BEST = 10.0  # the highest rating of the rubric
 PER_SHARD = 256  # responses that are read
@@ -104,7 +105,8 @@ def rated(teacher: TeacherGenerator, pairs: Pairs) -> list[float | None]:
     """The teacher's ratings, in 0..1; None where none can be read."""
     template, config = teacher.run.stage.templates.rubric, teacher.run.stage.feedback
     requests = [_request(template, *pair) for pair in pairs]
-    replies = teacher.generate(FEEDBACK, requests, GenerationParams(config.max_tokens, config.temperature))
+    how = GenerationParams(config.max_tokens, config.temperature, by_content=True)
+    replies = teacher.generate(FEEDBACK, requests, how)
     return [rating(summary_of(reply.text)) for [reply] in replies]
 
 
@@ -178,29 +180,25 @@ def corrected(work: Work, pairs: Pairs, steps: Steps) -> Found:
         if reply.text.strip() != one.text.strip() or work.stage.transfer == "sft":
             changed.append((prompt, one, reply))
     steps = [*steps, _step("nothing changed", len(changed), [""] * (len(pairs) - len(changed)))]
-    rows, funnel, _ = work.kept(
+    rows, funnel, kept = work.kept(
         [prompt for prompt, _, _ in changed],
         [[reply] for _, _, reply in changed],
         origin=work.origin(FEEDBACK),
     )
     if work.stage.transfer == "ranking":
-        worse = {(prompt.id, reply.text): one.text for prompt, one, reply in changed}
-        own = students(work)
-        rows = [
-            pair
-            for row in rows
-            for pair in (
-                replace(row, score=1.0),
-                Kept(
-                    row.prompt,
-                    worse[row.prompt.id, row.response],
-                    {"licence": row.prompt.licence, **own},
-                    (),
-                    0.0,
-                ),
-            )
-        ]
+        worse = {id(reply): one.text for _, one, reply in changed}  # texts of two corrections may be equal
+        own = [worse[id(reply)] for reply in kept]
+        rows = list(chain.from_iterable(with_corrected(work, rows, own)))
     return Found(rows, [*steps, *funnel])
+
+
+def with_corrected(work: Work, rows: Sequence[Kept], own: Sequence[str]) -> Iterator[tuple[Kept, Kept]]:
+    """Each correction with the student's own answer, which it is to be preferred to."""
+    origin = students(work)
+    for number, (row, text) in enumerate(zip(rows, own, strict=True)):
+        licensed = {"licence": row.prompt.licence, **origin}
+        worse = Kept(row.prompt, text, licensed, score=0.0, pair=number)
+        yield replace(row, score=1.0, pair=number), worse
 
 
 def students(work: Work) -> dict[str, str | None]:

@@ -1,10 +1,13 @@
 """New problems that a teacher made up: which are kept, and how they become prompts."""
 
 import re
-from collections import Counter
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from r1pipe.core.types import Prompt
 from r1pipe.data import overlap
@@ -64,6 +67,54 @@ class Funnel:
         return steps
 
 
+class WordIndex:
+    """A growing list of texts, by the words in them: which ones share enough words with another text.
+
+    The second place of a word in a text counts as a word of its own, so that words in common are counted as
+    often as both texts have them.
+    """
+
+    def __init__(self) -> None:
+        self.texts: list[list[str]] = []
+        self._lengths = array("q")
+        self._places: dict[tuple[str, int], array[int]] = defaultdict(lambda: array("q"))  # numbers of texts
+
+    def add(self, items: list[str]) -> None:
+        for word in _numbered(items):
+            self._places[word].append(len(self.texts))
+        self.texts.append(items)
+        self._lengths.append(len(items))
+
+    def alike(self, items: Sequence[str], similarity: float) -> list[list[str]]:
+        """The texts that have a ROUGE-L of `similarity` with this one, as far as the words in common tell: a
+        common subsequence is no longer than those.
+
+        The commonest words are not looked up. Of those that are, a text must share as many as are needed,
+        less those left out.
+        """
+        lengths = np.array(self._lengths)
+        needed = similarity * (len(items) + lengths) / 2
+        # a text that is alike has at least similarity / (2 - similarity) of these words
+        left_out = max(0, int(len(items) * similarity / (2 - similarity)) - 1)
+        found = sorted((self._places.get(word, ()) for word in _numbered(items)), key=len)
+        looked_up = found[: len(found) - left_out]
+        shared = np.zeros(len(lengths), int)
+        for places in looked_up:
+            shared[np.frombuffer(places, np.int64) if places else []] += 1
+        enough = (shared + left_out >= needed) & (np.minimum(len(items), lengths) >= needed)
+        return [self.texts[number] for number in np.flatnonzero(enough)]
+
+
+def _numbered(items: Sequence[str]) -> list[tuple[str, int]]:
+    """Each word with how often it came before."""
+    seen: Counter[str] = Counter()
+    found = []
+    for word in items:
+        found.append((word, seen[word]))
+        seen[word] += 1
+    return found
+
+
 class Problems:
     """A growing list of problems that are different from each other and from an evaluation's questions.
 
@@ -81,10 +132,10 @@ class Problems:
     ):
         self.max_similarity, self.shortest, self.longest = max_similarity, *words
         self.evaluation = EvalQuestions(eval_questions, ngram_overlap)
-        self.keys: set[str] = set()
-        self.texts: list[list[str]] = []
+        self.keys: set[tuple[str, ...]] = set()
+        self.words = WordIndex()
         for text in known:
-            self._remember(text)
+            self._remember(overlap.words(text))
         self.prompts: list[Prompt] = []  # new ones that were kept
         self.funnel = Funnel(FILTERS)
 
@@ -93,49 +144,42 @@ class Problems:
         resemble as long as its words differ."""
         heartbeat.tick()
         text = text.strip()
-        failed = self._failed_by(text, like)
+        items = overlap.words(text)
+        failed = self._failed_by(text, items, like)
         self.funnel.count(failed, text)
         if failed is not None:
             return None
-        self._remember(text)
+        self._remember(items)
         prompt = made_up(text, source, licence)
         self.prompts.append(prompt)
         return prompt
 
-    def _failed_by(self, text: str, like: str | None) -> str | None:
-        count = len(overlap.words(text))
-        if not count:
+    def _failed_by(self, text: str, items: list[str], like: str | None) -> str | None:
+        if not items:
             return "no problem"
-        if not self.shortest <= count <= self.longest:
+        if not self.shortest <= len(items) <= self.longest:
             return "length"
         if _ABOUT_THE_REQUEST.search(text):
             return "talks about the request"
-        if self._is_near_copy(text, like):
+        if self._is_near_copy(items, like):
             return "near copies"
         return "evaluation questions" if self.evaluation.has(text) else None
 
-    def _is_near_copy(self, text: str, like: str | None) -> bool:
-        if overlap.key(text) in self.keys:
+    def _is_near_copy(self, items: list[str], like: str | None) -> bool:
+        if tuple(items) in self.keys:
             return True
         if self.max_similarity >= 1:
             return False
-        items = overlap.words(text)
-        counts, parent = Counter(items), overlap.words(like) if like is not None else None
-        for other in self.texts:
-            needed = self.max_similarity * (len(items) + len(other)) / 2
-            if other == parent or min(len(items), len(other)) < needed:
-                continue
-            if (
-                sum((counts & Counter(other)).values()) >= needed
-                and rouge_l(items, other) >= self.max_similarity
-            ):
-                return True
-        return False
+        parent = overlap.words(like) if like is not None else None
+        return any(
+            other != parent and rouge_l(items, other) >= self.max_similarity
+            for other in self.words.alike(items, self.max_similarity)
+        )
 
-    def _remember(self, text: str) -> None:
-        self.keys.add(overlap.key(text))
+    def _remember(self, items: list[str]) -> None:
+        self.keys.add(tuple(items))
         if self.max_similarity < 1:
-            self.texts.append(overlap.words(text))
+            self.words.add(items)
 
 
 def made_up(question: str, source: str, licence: str | None) -> Prompt:

@@ -2,23 +2,29 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from r1pipe.chat.answerer import Answerer, AnswerParams, Identity, Progress, Spent
+from r1pipe.chat.server import ServerAnswerer
 from r1pipe.chat.template import MARK, Chat
 from r1pipe.config import DistillConfig
 from r1pipe.core.types import Completion, Message, Prompt
+from r1pipe.runs import samples
 from r1pipe.runs.record import TeacherFacts
 from r1pipe.train.answering import LocalAnswerer, open_answerer
 from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.extract.served import Rows, asked_in_shards
 from r1pipe.train.run import Run
-from r1pipe.train.sft.shards import SHARD_ROUNDS, in_order, in_shards
+from r1pipe.train.shards import SHARD_ROUNDS, in_order, in_shards
 
+Likely = list[tuple[bytes, list[tuple[bytes, float]]]]  # see Completion.likely
+TEXTS = ["text", "finish_reason", "tokens"]
 SPENT = b"spent"  # in a shard's metadata: what it took
 LIKELY = pa.list_(
     pa.struct([("piece", pa.binary()), ("top", pa.list_(pa.binary())), ("logprobs", pa.list_(pa.float32()))])
@@ -37,6 +43,8 @@ class GenerationParams:
     top_p: float = 1.0
     n: int = 1
     top_logprobs: int = 0
+    # What is asked decides the random numbers, too: of work that comes again with other prompts, as a step's.
+    by_content: bool = False
 
 
 class TeacherGenerator:
@@ -46,6 +54,7 @@ class TeacherGenerator:
         named = run.config.teacher_from or run.config.teacher
         assert named is not None, "the caller has one"
         self.run, self.ranks = run, ranks
+        self._shards: dict[str, list[Path]] = {}  # of the newest work of each name
         self.answerer: Answerer = open_answerer(run, ranks, "teacher", named, run.stage.teacher)
 
     @property
@@ -101,31 +110,59 @@ class TeacherGenerator:
     ) -> list[list[Completion]]:
         stage, answerer = self.run.stage, self.answerer
         seqs = stage.sampling.max_num_seqs
+        state = hashlib.sha256(repr([*items]).encode()).hexdigest()[:8]
         params = AnswerParams(
             how.max_tokens,
             how.temperature,
             how.top_p,
             how.n,
-            self.seed(name),
+            self.seed(f"{name} {state}" if how.by_content else name),
             seqs,
             top_logprobs=how.top_logprobs,
         )
-        # of a server only what is under way may be lost: it costs money
-        per_shard = max(1, SHARD_ROUNDS * seqs // how.n) if self.is_local else stage.teacher.parallel
+        if isinstance(answerer, ServerAnswerer):
+            shards = self._shards[name] = self._of_server(answerer, name, items, params, state)
+            return [[_completion(row) for row in rows] for rows in in_order(shards, how.n, TEXTS)]
+        per_shard = max(1, SHARD_ROUNDS * seqs // how.n)
 
         def shard(part: Sequence[Any], number: int, of: int, progress: Progress) -> pa.Table:
             before = replace(answerer.spent)
             answers = draw(part, replace(params, first=number, stride=of), progress)
             rows = [_row(completion) for each in answers for completion in each]
-            spent = json.dumps(asdict(answerer.spent - before))
-            return pa.Table.from_pylist(rows, ANSWER).replace_schema_metadata({SPENT: spent})
+            return _table(rows, answerer.spent - before)
 
         def idle() -> None:
             draw([], params, lambda done, total: None)
 
-        state = hashlib.sha256(repr([*items]).encode()).hexdigest()[:8]
         shards = in_shards(self.run, self.ranks, name, items, per_shard, shard, idle, each=how.n, state=state)
-        return [[_completion(row) for row in rows] for rows in in_order(shards, how.n)]
+        self._shards[name] = shards
+        return [[_completion(row) for row in rows] for rows in in_order(shards, how.n, TEXTS)]
+
+    def likely(self, name: str, each: int) -> Iterator[tuple[int, Likely | None]]:
+        """(answer's number, what a server has told of its tokens) of the newest work `name`, `each` to a
+        prompt, shard by shard: too much for the memory."""
+        shards = self._shards[name]
+        for number, shard in enumerate(shards):
+            for place, likely in enumerate(_likely_of(shard)):
+                item = number + place // each * len(shards)
+                yield item * each + place % each, likely
+
+    def _of_server(
+        self, server: ServerAnswerer, name: str, items: Sequence[Prompt], params: AnswerParams, state: str
+    ) -> list[Path]:
+        """The shards of a server's answers."""
+
+        def ask(wanted: Iterable[tuple[int, Prompt]]) -> Iterator[tuple[int, Rows, Spent]]:
+            before = replace(server.spent)
+            for item, completions in server.as_they_come(wanted, params):
+                now = replace(server.spent)
+                yield item, [_row(completion) for completion in completions], now - before
+                before = now
+
+        per_shard = SHARD_ROUNDS * self.run.stage.teacher.parallel
+        return asked_in_shards(
+            self.run, self.ranks, name, items, per_shard, ask, _table, each=params.n, state=state
+        )
 
     def facts(self, prompts: int) -> TeacherFacts:
         """Who it is, and what all of its shards have taken, over all sessions of the run."""
@@ -148,6 +185,11 @@ def _before_user(chat: Chat, context: tuple[Message, ...]) -> tuple[list[int], i
     return chat.encode(before), next((token for token in following if token in special), None)
 
 
+def _table(rows: Rows, spent: Spent) -> pa.Table:
+    """The content of a shard."""
+    return pa.Table.from_pylist(rows, ANSWER).replace_schema_metadata({SPENT: json.dumps(asdict(spent))})
+
+
 def _row(completion: Completion) -> dict[str, Any]:
     likely = completion.likely
     return {
@@ -163,7 +205,14 @@ def _row(completion: Completion) -> dict[str, Any]:
 
 
 def _completion(row: dict[str, Any]) -> Completion:
-    likely = row["likely"] and [
-        (token["piece"], list(zip(token["top"], token["logprobs"], strict=True))) for token in row["likely"]
-    ]
-    return Completion([], [], row["finish_reason"], row["text"], likely=likely)
+    return Completion([], [], row["finish_reason"], row["text"])
+
+
+def _likely_of(shard: Path) -> Iterator[Likely | None]:
+    with samples.reading(shard, "remove it, and repeat the command to make it again"):
+        for batch in pq.ParquetFile(shard).iter_batches(1, columns=["likely"]):
+            for value in batch.column("likely").to_pylist():
+                yield value and [
+                    (token["piece"], list(zip(token["top"], token["logprobs"], strict=True)))
+                    for token in value
+                ]

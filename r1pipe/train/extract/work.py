@@ -39,10 +39,10 @@ class Work:
     def stage(self) -> DistillConfig:
         return self.run.stage
 
-    def answers(self, **more: int) -> GenerationParams:
+    def answers(self, top_logprobs: int = 0) -> GenerationParams:
         """How answers are drawn."""
         sampling, each = self.stage.sampling, self.stage.samples_per_prompt
-        return GenerationParams(sampling.max_tokens, sampling.temperature, sampling.top_p, each, **more)
+        return GenerationParams(sampling.max_tokens, sampling.temperature, sampling.top_p, each, top_logprobs)
 
     def data_prompts(self) -> list[Prompt]:
         """The data's prompts that leave room for an answer, reasoning and then general ones. Raises DataError

@@ -12,7 +12,8 @@ from typing import Protocol
 import pyarrow as pa
 import torch
 
-from r1pipe.config import RLConfig
+from r1pipe.config import DistillConfig, RLConfig
+from r1pipe.config.transfer import in_distillation
 from r1pipe.core.errors import EnvironmentProblem, SamplerLost, Tripped
 from r1pipe.core.types import Group
 from r1pipe.data.identity import Claims
@@ -83,7 +84,10 @@ class RLTrainer:
             set_batch_invariant(engine.module, True, dtype)
         self.more_engines = {CRITIC: critic.engine} if critic else {}
         self.weights = reward_weights(run.stage) | (scorer.weights if scorer else {})
-        self.tripwires = Tripwires(run.config.tripwires.wires, run.stage)
+        is_distilled = isinstance(run.config.stage, DistillConfig)
+        self.tripwires = Tripwires(
+            run.config.tripwires.wires, run.stage, in_distillation if is_distilled else str
+        )
         self.claims = Claims(run.config.screening.identity)
         self.state = LoopState()
         self.saved = 0  # the step of the newest checkpoint

@@ -53,8 +53,8 @@ def reinforce(
     # no gradient reaches MTP layers, and weight decay alone would shrink them
     policy = load_policy(run, freeze_mtp=True)
     weaknesses = quality.check_quality(run.config)
-    for weakness in weaknesses:
-        run.warn(f"weak reward model, used because {quality.FORCE}: {weakness}")
+    if weaknesses:
+        run.warn(f"reward models are used because of {quality.FORCE}, although {'; '.join(weaknesses)}")
     # without general prompts no neural reward: policies hack them in long runs (R1 section 2.2.2)
     rewards = load_reward_models(run) if stage.preference else {}
     judge = load_judge(run)

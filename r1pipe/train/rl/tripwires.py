@@ -159,10 +159,14 @@ def _unmeasured(stage: RLConfig) -> dict[str, str]:
 class Tripwires:
     """The metrics so far, and how long each wire has been beyond its limit."""
 
-    def __init__(self, config: Mapping[str, WireConfig], stage: RLConfig):
+    def __init__(
+        self, config: Mapping[str, WireConfig], stage: RLConfig, name_keys: Callable[[str], str] = str
+    ):
+        """`name_keys`: a message with its keys as the run's own stage has them."""
         on = {name: wire for name, wire in config.items() if wire.action != "off"}
         unmeasured = _unmeasured(stage)
         self.inactive = {name: unmeasured[name] for name in on if name in unmeasured}
+        self.name_keys = name_keys
         self.config = {name: wire for name, wire in on.items() if name not in unmeasured}
         self.steps: list[Metrics] = []
         self.beyond = dict.fromkeys(self.config, 0)  # steps in a row
@@ -170,7 +174,7 @@ class Tripwires:
     def describe_inactive(self) -> str:
         """One line on the wires that have nothing to measure in this run; empty if there are none."""
         idle = "; ".join(f"{name} ({why})" for name, why in self.inactive.items())
-        return f"tripwires with nothing to measure in this run: {idle}" if idle else ""
+        return self.name_keys(f"tripwires with nothing to measure in this run: {idle}") if idle else ""
 
     def check(self, metrics: Metrics) -> list[Trip]:
         """Add a step's metrics; the wires that trip in it, once for each stretch beyond the limit."""
@@ -185,7 +189,8 @@ class Tripwires:
             self.beyond[name] = self.beyond[name] + 1 if over else 0
             if self.beyond[name] == config.steps:
                 symptom = wire.symptom.format(value=value, limit=config.limit)
-                trips.append(Trip(name, value, config.action, f"tripwire {name}: {symptom}; {wire.cause}"))
+                message = self.name_keys(f"tripwire {name}: {symptom}; {wire.cause}")
+                trips.append(Trip(name, value, config.action, message))
         return trips
 
 

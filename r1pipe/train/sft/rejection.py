@@ -33,23 +33,23 @@ from r1pipe.train.rollout.sampler import Progress
 from r1pipe.train.run import Run, log
 from r1pipe.train.sft.filters import FILTERS, Sampled, apply_filters
 from r1pipe.train.sft.judged import JUDGED_FILTERS, Approved
-from r1pipe.train.sft.shards import SHARD_ROUNDS, in_order, in_shards
+from r1pipe.train.shards import SHARD_ROUNDS, in_order, in_shards
 
+# Works of sampling: their shards and their random streams have these names.
+REASONING, GENERAL = "sampling", "sampling general prompts"
 GENERAL_ALONE = "no sample was kept: training on general data alone"
 
 
 def draw_samples(
-    run: Run[RejectionConfig], ranks: Ranks, prompts: Sequence[Prompt], name: str = "sampling"
+    run: Run[RejectionConfig], ranks: Ranks, prompts: Sequence[Prompt], name: str = REASONING
 ) -> list[Path]:
-    """All shard files of the work `name`, in order, drawn from the sampler's weights. The ranks share the
-    work of drawing and scoring missing ones."""
+    """All shard files of the work `name`, in order, drawn from the sampler's weights, with a random stream of
+    its own. The ranks share the work of drawing and scoring missing ones."""
     stage = run.stage
     per_shard = max(1, SHARD_ROUNDS * stage.sampling.max_num_seqs // stage.samples_per_prompt)
 
     def draw(part: Sequence[Prompt], number: int, count: int, progress: Progress) -> pa.Table:
-        rows = _draw(run, part, (number, count), progress)
-        columns: dict[str, None] = dict.fromkeys(name for row in rows for name in row)
-        return pa.Table.from_pylist([columns | row for row in rows])  # what a row lacks of another's is null
+        return pa.Table.from_pylist(_draw(run, part, run.seed(name), (number, count), progress))
 
     def idle() -> None:
         run.sampler.generate([], SamplingParams(stage.sampling.max_tokens), stop=stopping.requested)
@@ -60,6 +60,7 @@ def draw_samples(
 def _draw(
     run: Run[RejectionConfig],
     prompts: Sequence[Prompt],
+    seed: int,
     shard: tuple[int, int],
     progress: Progress,
 ) -> list[dict[str, Any]]:
@@ -70,7 +71,7 @@ def _draw(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         n=each,
-        seed=run.seed("sampling"),
+        seed=seed,
         first=number,
         stride=count,
         max_num_seqs=sampling.max_num_seqs,
@@ -83,7 +84,8 @@ def _draw(
         scores = score_all(repeated, completions, ["accuracy", "format", "language"], verdicts)
     return [
         {
-            **_prompt_row(prompt),
+            **samples.prompt_columns(prompt),
+            "licence": prompt.licence,
             "checker": json.dumps(prompt.checker),
             "completion": completion.text,
             "tokens": len(completion.tokens),
@@ -153,7 +155,7 @@ def build_dataset(
     seed = run.seed("general traces")
     judged: list[Demonstration] = []
     if general:
-        approved = _sampled(run, sampler, general.samples[:wanted], JUDGED_FILTERS, general.judge)
+        approved = _sampled(run, sampler, general.samples[:wanted], GENERAL, JUDGED_FILTERS, general.judge)
         judged = screening.demonstrations(approved)
         funnel += general.funnel
     written, longer = draw_prompts_that_fit(
@@ -188,11 +190,12 @@ def _sampled(
     run: Run[RejectionConfig],
     sampler: ParentRef,
     kept: Sequence[Sampled],
+    name: str = REASONING,
     filters: tuple[str, ...] = FILTERS,
     judge: str | None = None,
 ) -> list[Demonstration]:
-    """What the filters kept, with where it came from."""
-    seed = str(run.seed("sampling"))
+    """What the filters kept of the work `name`, with where it came from."""
+    seed = str(run.seed(name))
     return [
         Demonstration(
             sample.prompt,
@@ -232,18 +235,3 @@ def dataset_of(parent: ParentRef) -> tuple[Path, str]:
             "samples in stage.reads"
         )
     return run.dataset, expected
-
-
-def _prompt_row(prompt: Prompt) -> dict[str, Any]:
-    context = [asdict(message) for message in prompt.context]
-    return {
-        "prompt_id": prompt.id,
-        "task": prompt.task,
-        "language": prompt.language,
-        "level": prompt.level,
-        "question": prompt.question,
-        "answer": prompt.answer,
-        "prompt_source": prompt.source,
-        "licence": prompt.licence,
-        **({"context": json.dumps(context, ensure_ascii=False)} if context else {}),
-    }

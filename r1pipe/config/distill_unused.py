@@ -127,6 +127,8 @@ def _of_transfer(stage: DistillConfig) -> Iterator[Unused]:
         yield ("ranking.sampling",), "both answers of a pair are given; the student's have stage.sampling"
     if stage.ranking:
         yield ("mtp_weight",), "a ranking trains no MTP layers; drop it"
+    if stage.rl and not stage.rl.teacher_coef:
+        yield ("rl.teacher_discount",), "it is of stage.extract=distribution; give that, or drop it"
     if stage.rl:
         names = ("epochs", "batch_size", "mtp_weight")
         yield names, "it is of SFT; with stage.transfer=rl give stage.max_steps and stage.rl.prompts_per_step"

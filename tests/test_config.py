@@ -22,6 +22,7 @@ from r1pipe.config import (
 )
 from r1pipe.config.changes import changes
 from r1pipe.config.compose import COMMAND_LINE, compose
+from r1pipe.config.distill_methods import EXTRACTS
 from r1pipe.config.groups import GROUPS, flat, options, read
 from r1pipe.config.rules import check
 from r1pipe.core.errors import ConfigError
@@ -64,7 +65,8 @@ def test_every_stage_is_walked_by_some_recipe() -> None:
 
 
 def test_recipes_give_values_to_known_stages_only() -> None:
-    known = {*options("stage"), *(f"distill/{name}" for name in options("stage/part/transfer"))}
+    transfers = [f"distill/{name}" for name in options("stage/part/transfer")]
+    known = {*options("stage"), *transfers, *(f"{name}/{each}" for name in transfers for each in EXTRACTS)}
     for recipe in options("recipe"):
         assert set(read(f"recipe/{recipe}")["stage_values"]) <= known
 

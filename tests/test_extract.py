@@ -595,7 +595,7 @@ def test_probabilities_are_written_in_parts_and_mapped(tmp_path: Path) -> None:
 
 def test_probabilities_that_are_not_the_datasets_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    words = [*DIVERGENCE, *ALL, "stage.prompts=2", "stage.sampling.max_tokens=8"]
+    words = [*DIVERGENCE, *ALL, "stage.sampling.max_tokens=48"]
     extracted(folder, *words, teacher=lineage.bundled())
     paths = folder / "data" / "distributions.arrow", folder / "data" / "samples.parquet"
     check_stored(*paths)

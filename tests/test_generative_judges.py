@@ -452,7 +452,7 @@ def judged_record(folder: Path) -> dict:
 
 
 def test_a_judge_filters_general_samples_and_a_resumed_run_pays_nothing(tmp_path: Path) -> None:
-    words = ["stage.prompts=4", "stage.samples_per_prompt=2", "stage.judge.general_prompts=6"]
+    words = ["stage.prompts=16", "stage.samples_per_prompt=2", "stage.judge.general_prompts=24"]
     words += ["data.tasks=[program]", "stage.sampling.max_tokens=80", "stage.general_ratio=4.0"]
     words += ["stage.judge.usd_per_million_prompt_tokens=1000"]
     stage, found = load_stage("rejection_sft"), []

@@ -5,7 +5,7 @@ They come before the command line's overrides, so the command line always wins. 
 command line names a loss (`stage.loss`), an algorithm (`stage.algorithm`) or a correction
 (`stage.importance`), the values of its file come just before those of whoever named it, the algorithm's after
 the loss's. Those of a `stage.transfer`, and of it with a `stage.extract`, come before the recipe's, which has
-values for `distill/TRANSFER`.
+values for `distill/TRANSFER` and `distill/TRANSFER/EXTRACT`.
 """
 
 from collections.abc import Mapping
@@ -152,10 +152,8 @@ def layered(parsed: list[Override], choices: dict[str, Any]) -> dict[str, tuple[
     """What is placed between the chosen groups and the command line: dotted key -> (value, its source)."""
     own = {str(override.key_or_group): str(override.value()) for override in parsed}
     stage, content = choices["stage"], read(f"recipe/{choices['recipe']}")
-    recipe: dict[str, Any] = dict(flat(content.get("values") or {}))
     transfer = chosen_transfer(stage, own)
-    for part in (content["every_stage"], *map(content["stage_values"].get, (stage, f"{stage}/{transfer}"))):
-        recipe |= flat(part or {}, "stage")
+    recipe = recipe_values(content, stage, transfer, own)
     layers = [(recipe, f"conf/recipe/{choices['recipe']}.yaml")]
     if issubclass(STAGE_TYPES[stage], RLConfig) or transfer == "rl":
         place, below, above = "stage.rl" if transfer else "stage", [], []
@@ -176,6 +174,19 @@ def layered(parsed: list[Override], choices: dict[str, Any]) -> dict[str, tuple[
     if own.get("judge", NULL) != NULL:
         layers = [*judge_values(choices["stage"]), *layers]
     return {key: (value, source) for values, source in layers for key, value in values.items()}
+
+
+def recipe_values(
+    content: Mapping[str, Any], stage: str, transfer: str | None, own: dict[str, str]
+) -> dict[str, Any]:
+    """A recipe's values for all, for every stage, for this one, and for its transfer with its extract."""
+    names = [stage]
+    if transfer:
+        names += [f"{stage}/{transfer}", f"{stage}/{transfer}/{chosen(stage, 'extract', own)}"]
+    values = dict(flat(content.get("values") or {}))
+    for part in (content["every_stage"], *map(content["stage_values"].get, names)):
+        values |= flat(part or {}, "stage")
+    return values
 
 
 def judge_values(stage: str) -> list[tuple[dict[str, Any], str]]:

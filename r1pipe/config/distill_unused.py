@@ -1,4 +1,4 @@
-"""Keys of stage.distill that the chosen method does not read: given on the command line, they are refused."""
+"""Keys of a distillation that the chosen method does not read: on the command line they are refused."""
 
 from collections.abc import Iterator, Sequence
 
@@ -50,7 +50,7 @@ def why_unused(key: str, stage: DistillConfig, teacher: str | None) -> str | Non
 def unused_keys(stage: DistillConfig, teacher: str | None) -> Iterator[Unused]:
     """What the chosen method does not read."""
     for way in EXTRACTS:
-        if way != stage.extract:
+        if way != stage.extract and hasattr(stage, way):  # label has no keys of its own
             yield (way,), f"it is of stage.extract={way}; drop it, or give stage.extract={way}"
     if teacher is None:
         names = ("teacher", "templates", "filters", *PROMPTS, *ANSWERS)
@@ -127,6 +127,8 @@ def _of_transfer(stage: DistillConfig) -> Iterator[Unused]:
         yield ("ranking.sampling",), "both answers of a pair are given; the student's have stage.sampling"
     if stage.ranking:
         yield ("mtp_weight",), "a ranking trains no MTP layers; drop it"
+    if stage.rl and not stage.rl.teacher_coef:
+        yield ("rl.teacher_discount",), "it is of stage.extract=distribution; give that, or drop it"
     if stage.rl:
         names = ("epochs", "batch_size", "mtp_weight")
         yield names, "it is of SFT; with stage.transfer=rl give stage.max_steps and stage.rl.prompts_per_step"

@@ -160,7 +160,7 @@ def run(
 ):
     truth_of = (lambda prompt, text: TRUTHS[prompt.id]) if truth else None
     data = SimpleNamespace(truth=truth_of, strategy_of=strategy_of)
-    this = SimpleNamespace(chat=FakeChat(), data=data, seed=lambda stream: 7, progress=progress)
+    this = SimpleNamespace(chat=FakeChat(), data=data, seed=lambda stream: 7, shared_progress=progress)
     this.sampler = fake_sampler([] if calls is None else calls)
     return evaluate(this, among or ranks(), PROMPTS, general, config, may_stop=False)
 
@@ -237,7 +237,7 @@ def kept(folder, rank=0, world_size=1):
     chat = FakeChat()
     chat.template_hash = "t"
     config = SimpleNamespace(weights_from=None)
-    this = SimpleNamespace(chat=chat, data=data, seed=lambda stream: 7, progress=lambda *_: None)
+    this = SimpleNamespace(chat=chat, data=data, seed=lambda stream: 7, shared_progress=lambda *_: None)
     this.config, this.launch, this.sampler = config, SimpleNamespace(check=lambda: None), fake_sampler(calls)
     among = ranks(rank, world_size)
     among.agree_max = lambda count: count

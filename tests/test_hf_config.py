@@ -75,6 +75,8 @@ def test_the_shape_is_the_folders(folder: Path) -> None:
         ({}, "engine.accelerator=cuda engine.graphs=true", "engine.graphs=true is for the bundled model"),
         ({}, "engine.accelerator=cuda engine.attention=flex", "engine.attention=flex is for the bundled"),
         ({}, "engine.expert_parallel=2", "with model=hf give engine.expert_parallel=1"),
+        ({}, "engine.ranks=2 engine.pipeline=2", "with model=hf give engine.pipeline=1"),
+        ({}, "engine.schedule=zbv", "with model=hf give engine.schedule=1f1b"),
         ({}, "stage=pretrain", "stage=pretrain is for the bundled model"),
         ({}, "model.max_position_embeddings=40000", "longer than max_position_embeddings=32768"),
         ({"use_sliding_window": True}, "", "longer than sliding_window=4096"),

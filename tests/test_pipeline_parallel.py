@@ -169,6 +169,31 @@ def test_two_ranks_train_as_one_and_resume_exactly(tmp_path: Path, alone: dict[s
         assert torch.equal(resumed["weights"][name], tensor), name
 
 
+def after_a_change_of_cuts(folder: Path, alone: dict[str, Any], *jobs: tuple[int, list[Case]]) -> None:
+    """Each case, on so many ranks, saves after its first step; its second goes on from the states of the jobs
+    before and after it, in a circle."""
+    expected = {key: value[1:] if key != "weights" else value for key, value in alone.items()}
+    saved = []
+    for number, (count, cases) in enumerate(jobs):  # DeepSpeed takes one kind of groups in a process
+        named = [replace(case, after=f"{number}-{n}", steps=1) for n, case in enumerate(cases)]
+        on_ranks(folder, count, *named)
+        saved += named
+    for number, (count, cases) in enumerate(jobs):
+        beside = {(number + apart) % len(jobs) for apart in (-1, 1)}
+        resumed = [
+            replace(case, before=state.after, steps=1)
+            for case in cases
+            for state in saved
+            if int(str(state.after).split("-")[0]) in beside
+        ]
+        for case, found in zip(resumed, on_ranks(folder, count, *resumed), strict=True):
+            check(found, expected, case)
+
+
+def test_a_state_goes_on_in_another_cut(tmp_path: Path, alone: dict[str, Any]) -> None:
+    after_a_change_of_cuts(tmp_path, alone, (2, [Case(2)]), (2, [Case(1, level=1)]))
+
+
 def test_a_pass_is_the_sum_of_its_parts() -> None:
     """Parts one after another, in one process: as many layers as there are, or fewer parts."""
     model, [micro] = ours(SHAPE).train(), micro_batches(1, ROWS // 2)[:1]
@@ -275,11 +300,13 @@ EXPERTS = ["engine.zero_level=1", "engine.expert_parallel=2"]
             ["engine.recompute=true", "engine.schedule=zbv", "model.num_hidden_layers=4"],
             "does not go with engine.schedule=zbv; give 1f1b",
         ),
-        (["stage.algorithm=ppo"], "needs engine.pipeline=1"),
+        (["stage.algorithm=ppo"], "stage.ppo needs engine.pipeline=1"),
+        (["stage=reward_model"], "stage=reward_model needs engine.pipeline=1"),
     ],
 )
 def test_what_a_pipeline_cannot_do_is_refused_in_one_line(overrides: list[str], told: str) -> None:
-    given = ["stage=grpo", "engine.ranks=2", "engine.pipeline=2"]
+    given = ["engine.ranks=2", "engine.pipeline=2"]
+    given += [] if overrides[0].startswith("stage=") else ["stage=grpo"]
     with pytest.raises(ConfigError, match=told) as refused:
         tiny_config(*given, *overrides)
     assert "\n" not in str(refused.value)
@@ -326,3 +353,15 @@ def test_four_ranks_in_one_pipeline_or_two(tmp_path: Path, alone: dict[str, Any]
     cases = [Case(4, "1f1b"), Case(2, "1f1b", level=1), Case(2, "zbv"), Case(2, "dualpipev", level=1)]
     for case, found in zip(cases, on_ranks(tmp_path, 4, *cases), strict=True):
         check(found, alone, case)
+
+
+@pytest.mark.slow
+def test_states_go_from_every_cut_to_others(tmp_path: Path, alone: dict[str, Any]) -> None:
+    jobs = [
+        (1, [Case()]),
+        (2, [Case(2, "zbv", level=1)]),
+        (2, [Case(level=3)]),
+        (4, [Case(4, level=1), Case(2, "dualpipev")]),
+        (4, [Case(2, experts=2, level=1)]),
+    ]
+    after_a_change_of_cuts(tmp_path, alone, *jobs)

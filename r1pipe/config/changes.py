@@ -43,6 +43,7 @@ SAME_WITHIN_ROUNDING = {
     "engine.threads": "sums within a rank are taken in another order",
     "engine.zero_level": "where the optimizer's state lies",
     "engine.expert_parallel": "where the experts are",
+    "engine.pipeline": "where the layers are",
     "engine.schedule": "in which order micro-batches are taken",
     "engine.hostfile": "where the ranks are",
     "engine.launcher": "where the ranks are",

@@ -124,7 +124,7 @@ def hf_rules(model: HFConfig, engine: EngineConfig, stage: StageConfig) -> Rules
             "engine.sampler_precision=same"
         )
     switches = dict.fromkeys(("graphs", "compile", "equal", "offload"), "false")
-    plain = {**switches, "expert_parallel": "1", "pipeline": "1"}
+    plain = {**switches, "expert_parallel": "1", "pipeline": "1", "schedule": "1f1b"}
     for key, value in plain.items():
         wished = str(getattr(engine, key)).lower()
         if wished != value:

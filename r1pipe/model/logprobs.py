@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, cat, nn
 from torch.nn.functional import cross_entropy, linear
-from torch.utils.checkpoint import checkpoint
 
 from r1pipe.model.kernels import training as kernels
+from r1pipe.model.kernels.halves import Halves, in_halves, inputs_first
 from r1pipe.model.layers import Linear
 
 LOGITS_IN_MEMORY = 2**25  # the part of [N, V] that a forward pass holds at once (128 MiB in float32)
@@ -55,25 +55,22 @@ class Head(Linear):
             return self._logits(x)
         if self.compiled and self.usable(x, self.out_features):
             return kernels.logprobs(x, self.weight, targets_N, temperature)
-        chunk = max(1, LOGITS_IN_MEMORY // self.out_features)
-        if len(x) <= chunk:
-            return logprobs(self._logits, x, targets_N, temperature)
-        parts = [  # logits are computed again in the backward pass
-            checkpoint(logprobs, self._logits, x_cD, targets_c, temperature, use_reentrant=False)
-            for x_cD, targets_c in zip(x.split(chunk), targets_N.split(chunk), strict=True)
-        ]
-        return cat(parts)
-
-    def _measured(self, x_ND: Tensor, measure: Measure) -> Tensor:
-        chunk = max(1, LOGITS_IN_MEMORY // self.out_features)
-        parts = [slice(first, first + chunk) for first in range(0, max(1, len(x_ND)), chunk)]
 
         def part(x_cD: Tensor, rows: slice) -> Tensor:
-            return measure(self._logits(x_cD).float(), rows)
+            return logprobs(self._logits, x_cD, targets_N[rows], temperature)
 
-        if len(parts) == 1:
-            return part(x_ND, parts[0])
-        return cat([checkpoint(part, x_ND[rows], rows, use_reentrant=False) for rows in parts])
+        return self._in_chunks(part, x)
+
+    def _measured(self, x_ND: Tensor, measure: Measure) -> Tensor:
+        return self._in_chunks(lambda x_cD, rows: measure(self._logits(x_cD).float(), rows), x_ND)
+
+    def _in_chunks(self, part: Callable[[Tensor, slice], Tensor], x_ND: Tensor) -> Tensor:
+        """What `part` gives of some rows, for all of them, with the logits of a chunk in memory at once."""
+        chunk = max(1, LOGITS_IN_MEMORY // self.out_features)
+        if len(x_ND) <= chunk:
+            return part(x_ND, slice(0, len(x_ND)))
+        weights = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return _InChunks.apply(part, chunk, torch.is_grad_enabled(), x_ND, *weights)
 
     def _logits(self, x: Tensor) -> Tensor:
         if not self.fp32 or x.dtype == torch.float32:
@@ -104,10 +101,43 @@ class _Float32Product(torch.autograd.Function):
             return torch.mm(x_ND, weight_VD.t(), out_dtype=torch.float32)
         return linear(x_ND.float(), weight_VD.float())
 
+    @in_halves
+    def backward(ctx: Any, d_logits_NV: Tensor) -> Halves:
+        (x_ND, weight_VD), (for_x, for_weight) = ctx.saved_tensors, ctx.needs_input_grad
+        d_logits_NV = d_logits_NV.to(x_ND.dtype)
+        d_x_ND = d_logits_NV @ weight_VD if for_x else None
+        return (d_x_ND,), lambda: (d_logits_NV.t() @ x_ND if for_weight else None,)
+
+
+class _InChunks(torch.autograd.Function):
+    """`part(x_cD, rows)` of all rows, which may read the weights; in the backward pass it is run again, once
+    for both of its halves."""
+
     @staticmethod
-    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x_ND, weight_VD = ctx.saved_tensors
-        d_logits_NV = d_outputs[0].to(x_ND.dtype)
-        d_x_ND = d_logits_NV @ weight_VD if ctx.needs_input_grad[0] else None
-        d_weight_VD = d_logits_NV.t() @ x_ND if ctx.needs_input_grad[1] else None
-        return d_x_ND, d_weight_VD
+    def forward(
+        ctx: Any,
+        part: Callable[[Tensor, slice], Tensor],
+        chunk: int,
+        learning: bool,
+        x_ND: Tensor,
+        *weights: nn.Parameter,
+    ) -> Tensor:
+        ctx.part, ctx.weights = part, weights
+        ctx.chunks = [slice(first, first + chunk) for first in range(0, len(x_ND), chunk)]
+        ctx.save_for_backward(x_ND)
+        with torch.set_grad_enabled(learning):  # the operators that run depend on it
+            return cat([part(x_ND[rows].detach(), rows).detach() for rows in ctx.chunks])
+
+    @in_halves
+    def backward(ctx: Any, d_outputs: Tensor) -> Halves:
+        [x_ND] = ctx.saved_tensors
+        d_x_ND, d_weights = torch.empty_like(x_ND), tuple(map(torch.zeros_like, ctx.weights))
+        for rows in ctx.chunks:
+            x_cD = x_ND[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                output = ctx.part(x_cD, rows)
+            with inputs_first(False):
+                d_x_ND[rows], *found = torch.autograd.grad(output, [x_cD, *ctx.weights], d_outputs[rows])
+            for total, gradient in zip(d_weights, found, strict=True):
+                total += gradient
+        return (None, None, None, d_x_ND), lambda: d_weights

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from r1pipe.model.kernels.halves import Halves, in_halves
 from r1pipe.model.kernels.meter import Meter
 from r1pipe.model.kernels.reference import Scaled, dequantise, transposed
 
@@ -117,17 +117,20 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(*x, *weight)
         return fp8.backend.multiply(x, weight, x_ND.dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out_NO: Tensor) -> tuple[Tensor | None, ...]:
+    @in_halves
+    def backward(ctx: Any, d_out_NO: Tensor) -> Halves:
         fp8, backend = ctx.fp8, ctx.fp8.backend
         fp8.meter.on = True
         x, weight = _pairs(ctx.saved_tensors)
         ends = torch.full((1,), len(d_out_NO), dtype=torch.int32, device=d_out_NO.device)
         d_tiles, d_tokens = fp8.gradient(ctx.kind, d_out_NO, ends)
         d_x_ND = backend.multiply(d_tiles, transposed(weight), d_out_NO.dtype)
-        x_tokens = backend.requantise_tokens(x, ends, fp8.power_of_two)
-        return None, None, d_x_ND, backend.multiply(d_tokens, x_tokens, torch.float32)
+
+        def of_weights() -> tuple[Tensor]:
+            x_tokens = backend.requantise_tokens(x, ends, fp8.power_of_two)
+            return (backend.multiply(d_tokens, x_tokens, torch.float32),)
+
+        return (None, None, d_x_ND), of_weights
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -154,27 +157,28 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(weights_T, tokens_T, ends_E, *x, *kept, *up, *down8)
         return _scatter_add(out_TD, tokens_T, len(x_ND))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out_ND: Tensor) -> tuple[Tensor | None, ...]:
+    @in_halves
+    def backward(ctx: Any, d_out_ND: Tensor) -> Halves:
         fp8, kind, backend, dtype = ctx.fp8, ctx.kind, ctx.fp8.backend, d_out_ND.dtype
         fp8.meter.on = True
-        weights_T, tokens_T, ends_E, *saved = ctx.saved_tensors
+        parts, (weights_T, tokens_T, ends_E, *saved) = ctx.parts, ctx.saved_tensors
         x, kept, up, down = _pairs(saved)
         d_out_TD = d_out_ND if tokens_T is None else d_out_ND.index_select(0, tokens_T)
-        d_tiles, d_tokens = fp8.gradient(kind, d_out_TD, ends_E)
+        d_tiles, d_out_tokens = fp8.gradient(kind, d_out_TD, ends_E)
         d_inner_TI = _products(backend, d_tiles, transposed(down), ends_E, dtype)
         inner_TI, d_gate_up_Ti, d_weights_T = backend.swiglu_backward(kept, weights_T, d_inner_TI)
-        inner_tokens = backend.quantise_tokens(inner_TI, ends_E, fp8.power_of_two)
-        d_down = _outer(backend, d_tokens, inner_tokens, ends_E)
-        d_tiles, d_tokens = fp8.gradient(kind, d_gate_up_Ti, ends_E)
+        d_tiles, d_gate_up_tokens = fp8.gradient(kind, d_gate_up_Ti, ends_E)
         d_x_TD = _products(backend, d_tiles, transposed(up), ends_E, dtype)
-        x_tokens = backend.requantise_tokens(_gather(x, tokens_T), ends_E, fp8.power_of_two)
-        d_up = _outer(backend, d_tokens, x_tokens, ends_E)
         d_x_ND = _scatter_add(d_x_TD, tokens_T, len(d_out_ND))
-        if tokens_T is not None:
-            return None, None, d_x_ND, d_weights_T, None, None, d_down, d_up
-        return None, None, d_x_ND, None, None, None, d_down[0], *d_up[0].chunk(ctx.parts)
+
+        def of_weights() -> tuple[Tensor, ...]:
+            inner_tokens = backend.quantise_tokens(inner_TI, ends_E, fp8.power_of_two)
+            d_down = _outer(backend, d_out_tokens, inner_tokens, ends_E)
+            x_tokens = backend.requantise_tokens(_gather(x, tokens_T), ends_E, fp8.power_of_two)
+            d_up = _outer(backend, d_gate_up_tokens, x_tokens, ends_E)
+            return (d_down, d_up) if tokens_T is not None else (d_down[0], *d_up[0].chunk(parts))
+
+        return (None, None, d_x_ND, None if tokens_T is None else d_weights_T, None, None), of_weights
 
 
 def _pairs(tensors: Sequence[Tensor]) -> list[Scaled]:

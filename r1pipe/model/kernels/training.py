@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from r1pipe.core.errors import ConfigError
 from r1pipe.model.kernels.build import call, runs_here
 from r1pipe.model.kernels.checks import ANY, check_even, check_floats, check_indices, check_tensor
+from r1pipe.model.kernels.halves import Halves, in_halves
 
 CHUNK = 512  # tokens whose sums fit a thread's cache
 WORTHWHILE = 256  # rows
@@ -72,7 +72,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class _Differentiable(torch.autograd.Function):
-    """`run(*inputs)` -> the result and what is kept; `gradients(d_result, *kept)` -> one for each input.
+    """`run(*inputs)` -> the result and what is kept; `gradients(d_result, *kept)` -> those of the inputs in
+    two halves (see halves.py).
 
     Both must use no tensor of the inputs but their arguments, or it outlives the backward pass.
     """
@@ -84,10 +85,14 @@ class _Differentiable(torch.autograd.Function):
         ctx.save_for_backward(*kept)
         return result
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_result: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.gradients(d_result, *ctx.saved_tensors)
+    @in_halves
+    def backward(ctx: Any, d_result: Tensor) -> Halves:
+        found, of_weights = ctx.gradients(d_result, *ctx.saved_tensors)
+        return (None, None, *found), of_weights
+
+
+def _no_weights() -> tuple[()]:
+    return ()
 
 
 def experts(
@@ -133,14 +138,23 @@ def _swiglus(x_ND: Tensor, *others: Any) -> Tensor:
         _call("experts_forward", x_ND, *sizes, x_ND, joined(own[4:]), down, *routing, inner_ri, out_ND)
         return out_ND, inner_ri, *own
 
-    def gradients(d_out_ND: Tensor, inner_ri: Tensor, *kept: Any) -> tuple[Tensor | None, ...]:
+    def gradients(d_out_ND: Tensor, inner_ri: Tensor, *kept: Any) -> Halves:
         x_ND, weights_NK, experts_NK, down, *parts = kept
-        operands = (x_ND, joined(parts), down, weights_NK)
-        found: list[Any] = [None if t is None else torch.empty_like(t) for t in operands]
-        inputs = (*operands, experts_NK, inner_ri, d_out_ND.contiguous())
-        _call("experts_backward", x_ND, *sizes, *inputs, *found)
-        d_x_ND, d_gate_up, d_down, d_weights_NK = found
-        return d_x_ND, d_weights_NK, None, d_down, *d_gate_up.chunk(len(parts))
+        d_out_ND, d_x_ND = d_out_ND.contiguous(), torch.empty_like(x_ND)
+        d_weights_NK = None if weights_NK is None else torch.empty_like(weights_NK)
+        hidden_rI, d_inner_ri = x_ND.new_empty(rows, inner), torch.empty_like(inner_ri)
+        inputs = (joined(parts), down, weights_NK, experts_NK, inner_ri, d_out_ND)
+        both = (hidden_rI, d_inner_ri)
+        _call("experts_backward_inputs", x_ND, *sizes, *inputs, *both, d_x_ND, d_weights_NK)
+
+        def of_weights() -> tuple[Tensor, ...]:
+            d_gate_up = x_ND.new_empty(len(parts) * len(parts[0]), *parts[0].shape[1:])
+            d_down = torch.empty_like(down)
+            inputs = (x_ND, experts_NK, *both, d_out_ND)
+            _call("experts_backward_weights", x_ND, *sizes, *inputs, d_gate_up, d_down)
+            return d_down, *d_gate_up.chunk(len(parts))
+
+        return (d_x_ND, d_weights_NK, None), of_weights
 
     return _Differentiable.apply(run, gradients, x_ND, *others)
 
@@ -183,10 +197,10 @@ def attention(
         _call("attention_forward", query_BTHq, *sizes, *inputs, out_BTHv, logsums_BHT)
         return out_BTHv, *inputs, out_BTHv, logsums_BHT
 
-    def gradients(d_out_BTHv: Tensor, *kept: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(d_out_BTHv: Tensor, *kept: Tensor) -> Halves:
         found = [torch.empty_like(t) for t in kept[:3]]
         _call("attention_backward", kept[0], *sizes, *kept, d_out_BTHv.contiguous(), *found)
-        return *found, None, None
+        return (*found, None, None), _no_weights
 
     inputs = query_BTHq, key_value_BMHw, key_rope_BMR, rotation_BTr, mask_BTM
     return _Differentiable.apply(run, gradients, *inputs)
@@ -209,11 +223,11 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         _call("norm_forward", x, *x_ND.shape, x_ND.stride(0), float(eps), x_ND, weight_D, out, factors_N)
         return out, x_ND, weight_D, factors_N
 
-    def gradients(d_out: Tensor, x_ND: Tensor, weight_D: Tensor, factors_N: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(d_out: Tensor, x_ND: Tensor, weight_D: Tensor, factors_N: Tensor) -> Halves:
         d_x, d_weight_D = d_out.new_empty(d_out.shape), torch.empty_like(weight_D)
         inputs = (x_ND, weight_D, factors_N, d_out.contiguous())
         _call("norm_backward", x_ND, *x_ND.shape, x_ND.stride(0), *inputs, d_x, d_weight_D)
-        return d_x, d_weight_D
+        return (d_x,), lambda: (d_weight_D,)
 
     return _Differentiable.apply(run, gradients, x, weight_D)
 
@@ -231,7 +245,10 @@ def rotate(x_BTR: Tensor, rotation_BTr: Tensor) -> Tensor:
         _call("rotate", x_NR, *x_NR.shape, x_NR.stride(0), period, inverse, x_NR, rotation_BTr, out_BTR)
         return (out_BTR,)
 
-    return _Differentiable.apply(partial(rotated, inverse=False), partial(rotated, inverse=True), x_BTR)
+    def gradients(d_out_BTR: Tensor) -> Halves:
+        return rotated(d_out_BTR, inverse=True), _no_weights
+
+    return _Differentiable.apply(partial(rotated, inverse=False), gradients, x_BTR)
 
 
 def linear(x: Tensor, weight_OD: Tensor) -> Tensor:
@@ -246,11 +263,17 @@ def linear(x: Tensor, weight_OD: Tensor) -> Tensor:
         _call("linear_forward", x_ND, *x_ND.shape, len(weight_OD), x_ND.stride(0), x_ND, weight_OD, out)
         return out, x_ND, weight_OD
 
-    def gradients(d_out: Tensor, x_ND: Tensor, weight_OD: Tensor) -> tuple[Tensor, Tensor]:
-        d_x, d_weight_OD = d_out.new_empty(*d_out.shape[:-1], x_ND.shape[1]), torch.empty_like(weight_OD)
-        sizes = (*x_ND.shape, len(weight_OD), x_ND.stride(0))
-        _call("linear_backward", x_ND, *sizes, x_ND, weight_OD, d_out.contiguous(), d_x, d_weight_OD)
-        return d_x, d_weight_OD
+    def gradients(d_out: Tensor, x_ND: Tensor, weight_OD: Tensor) -> Halves:
+        d_out, d_x = d_out.contiguous(), d_out.new_empty(*d_out.shape[:-1], x_ND.shape[1])
+        sizes = (*x_ND.shape, len(weight_OD))
+        _call("linear_backward_inputs", x_ND, *sizes, weight_OD, d_out, d_x)
+
+        def of_weights() -> tuple[Tensor]:
+            d_weight_OD = torch.empty_like(weight_OD)
+            _call("linear_backward_weights", x_ND, *sizes, x_ND.stride(0), x_ND, d_out, d_weight_OD)
+            return (d_weight_OD,)
+
+        return (d_x,), of_weights
 
     return _Differentiable.apply(run, gradients, x, weight_OD)
 
@@ -265,19 +288,20 @@ def logprobs(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: fl
     sizes = (*x_ND.shape, vocabulary, float(temperature))
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        x_ND, weight_VD, targets_N = (tensor.contiguous() for tensor in inputs)
+        x_ND, targets_N, weight_VD = (tensor.contiguous() for tensor in inputs)
         logprobs_N, logsums_N = torch.empty(rows), torch.empty(rows)
         _call("logprobs_forward", x_ND, *sizes, x_ND, weight_VD, targets_N, logprobs_N, logsums_N)
         return logprobs_N, x_ND, weight_VD, targets_N, logsums_N
 
-    def gradients(d_logprobs_N: Tensor, *kept: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(d_logprobs_N: Tensor, *kept: Tensor) -> Halves:
         d_logits_cV = kept[0].new_empty(min(rows, max(1, LOGITS // vocabulary)), vocabulary)
         inputs = (*kept, d_logprobs_N.contiguous())
-        found = [torch.empty_like(t) for t in kept[:2]]
-        _call("logprobs_backward", kept[0], *sizes, *inputs, len(d_logits_cV), d_logits_cV, *found)
-        return *found, None
+        d_x_ND, d_weight_VD = (torch.empty_like(t) for t in kept[:2])
+        outputs = (len(d_logits_cV), d_logits_cV, d_x_ND, d_weight_VD)
+        _call("logprobs_backward", kept[0], *sizes, *inputs, *outputs)
+        return (d_x_ND, None), lambda: (d_weight_VD,)  # at once: the gradients of all logits are not kept
 
-    return _Differentiable.apply(run, gradients, x_ND, weight_VD, targets_N)
+    return _Differentiable.apply(run, gradients, x_ND, targets_N, weight_VD)
 
 
 def logits(x_ND: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:

@@ -249,9 +249,10 @@ def join_saved(ranks: Ranks, zero: Path, load: Callable[[str, str], Any]) -> Non
 def split_saved(ranks: Ranks, zero: Path, model: nn.Module, load: Callable[[str, str], Any]) -> None:
     """The opposite of `join_saved`, for the experts that ranks share out."""
     layers = {f"{name}.": m for name, m in model.named_modules() if isinstance(m, ParallelExperts)}
+    shapes = [getattr(experts.w1, "ds_shape", experts.w1.shape) for experts in layers.values()]
+    _, inner, width = max(shapes, key=len)  # all alike, and empty where another rank of a pipeline has them
     for layer in ranks.share_of(layers):
         experts = layers[layer]
-        _, inner, width = getattr(experts.w1, "ds_shape", experts.w1.shape)
         about = {constants.EP_IS_EXPERT_PARAM: True, constants.EP_NUM_EXPERTS: experts.total}
         for file in [path.name for path in (zero / f"{layer}down_proj").iterdir()]:
             gate_up, down = (load(f"{zero}/{layer}{part}/{file}", "cpu") for part in JOINED)

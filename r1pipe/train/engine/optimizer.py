@@ -89,6 +89,11 @@ def is_shared_out(parameter: Tensor) -> bool:
     return not getattr(parameter, "allreduce", True)
 
 
+def is_trained(parameter: Tensor) -> bool:
+    """Whether this rank trains it, or another one of its pipeline."""
+    return parameter.requires_grad or getattr(parameter, "trained_elsewhere", False)
+
+
 def copy_moments(optimizer: Any) -> None:
     """Give a DeepSpeed optimizer that has read mapped files moments of its own, in their own type."""
     adamw = getattr(optimizer, "optimizer", optimizer)

@@ -23,6 +23,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from r1pipe.config import EngineConfig
 from r1pipe.config.parts import rank_of
 from r1pipe.model import DeepseekV3
+from r1pipe.model.kernels.halves import inputs_first
 from r1pipe.model.moe import uncounted
 from r1pipe.model.parts import Part
 from r1pipe.runs import heartbeat
@@ -53,6 +54,7 @@ class Pipeline:
             self._owners[parameter] = owner, shapes[name]
             if owner != self.groups.position:
                 parameter.data = parameter.data.new_empty(0)
+                vars(parameter)["trained_elsewhere"] = parameter.requires_grad  # asked for by optimizer.py
                 parameter.requires_grad_(False)
         self.parts = {
             number: Part(model, number, len(self.places))
@@ -212,7 +214,8 @@ class _Work:
         if gradient is not None:
             seeds[0] = gradient
         if kind == schedule.I:
-            found, self._later[key] = stage_backward_input(outputs, seeds, inputs, iter(parameters))
+            with inputs_first():
+                found, self._later[key] = stage_backward_input(outputs, seeds, inputs, iter(parameters))
         else:
             found = torch.autograd.grad(outputs, [*inputs, *parameters], seeds, allow_unused=True)
             self._add(parameters, found[len(inputs) :])

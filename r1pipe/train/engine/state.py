@@ -1,8 +1,9 @@
 """Read and write DeepSpeed's state; unpickles tensors and plain values alone.
 
-A state of another number of ranks or ZeRO level is first converted to DeepSpeed's universal layout,
-zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt for each whole parameter, in a temporary folder. DeepSpeed does
-this for levels 1 to 3; level 0, where every rank has everything, is converted and read here.
+A state of another number of ranks, ZeRO level or cut into layers is first converted to DeepSpeed's universal
+layout, zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt for each whole parameter, in a temporary folder. DeepSpeed
+does this for levels 1 to 3; level 0, where every rank has everything, is converted and read here. What the
+ranks of a pipeline wrote is converted for one place after the other, each as if it were a whole model.
 """
 
 import os
@@ -23,7 +24,7 @@ from r1pipe.core.errors import CheckpointError
 from r1pipe.runs import heartbeat
 from r1pipe.runs.files import read_object
 from r1pipe.train.engine import patches
-from r1pipe.train.engine.optimizer import MOMENTS, copy_moments, is_shared_out
+from r1pipe.train.engine.optimizer import MOMENTS, copy_moments, is_shared_out, is_trained
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.engine.writing import Writer
 
@@ -86,18 +87,6 @@ def read_layout(folder: Path) -> Layout:
     return layout
 
 
-def check_cut(old: Layout, new: Layout, folder: Path) -> None:
-    """A state of a pipeline is not converted: DeepSpeed's universal layout would take a rank's layers for
-    slices of all. Raises CheckpointError."""
-    same = (old.pipeline, old.parts) == (new.pipeline, new.parts)
-    if not same or (new.parts > 1 and old != new and (old.zero_level or new.zero_level)):
-        raise CheckpointError(
-            f"{folder} was written with {old}, this run has {new}: states are not converted to or from a "
-            "pipeline; resume with the same engine.pipeline, engine.schedule, engine.expert_parallel, "
-            "engine.ranks and engine.zero_level, or start a new run from the checkpoint's weights (parent=)"
-        )
-
-
 def read(ranks: Ranks, ds: Any, folder: Path) -> dict[str, Any]:
     """Restore a state of this job's own layout; its client state. Raises CheckpointError."""
 
@@ -155,7 +144,7 @@ def read_other(
         shutil.rmtree(universal, ignore_errors=True)  # of a killed job
         (universal / TAG / "zero").mkdir(parents=True)
     ranks.barrier()
-    convert(ranks, ds, folder, universal, old.zero_level)
+    convert(ranks, ds, folder, universal, old)
     _convert_experts(ranks, ds, universal / TAG / "zero", old, new)
     weights = load_tensors(str(universal / TAG / MODEL_STATES[0]), "cpu")["module"]
     with patches.reading_universal(ds, weights, load_tensors):
@@ -179,23 +168,47 @@ def _convert_experts(ranks: Ranks, ds: Any, zero: Path, old: Layout, new: Layout
     ranks.barrier()
 
 
-def convert(ranks: Ranks, ds: Any, folder: Path, universal: Path, zero_level: int) -> None:
-    """Convert the state in `folder`, written at `zero_level`, to the universal layout; all ranks call, and
-    share out its parts and parameters."""
-    source, target = folder / TAG, universal / TAG
+def convert(ranks: Ranks, ds: Any, folder: Path, universal: Path, old: Layout) -> None:
+    """Convert the state in `folder`, written in the `old` layout, to the universal layout; all ranks call,
+    and share out its parts and parameters."""
+    target = universal / TAG
     zero = target / "zero"
-    model_state = next(source / name for name in MODEL_STATES if (source / name).exists())
-    if zero_level == 0:
-        state = load_mapped(str(model_state), "cpu")
-        _write_parameters(ranks, ds, state["module"], state["optimizer"], zero)
-    else:
-        with patches.replaced_torch_load(load_mapped):
-            ranks.lead(partial(patches.convert_to_universal, source, target))
-    step = _write_common(ds, source, target, model_state, zero_level) if ranks.rank == 0 else None
+    for place in reversed(range(old.pipeline)):  # what is not of one parameter is taken from the first
+        source = _of_place(ranks, folder / TAG, universal, old, place)
+        model_state = next(source / name for name in MODEL_STATES if (source / name).exists())
+        if old.zero_level == 0:
+            state = load_mapped(str(model_state), "cpu")
+            _write_parameters(ranks, ds, state["module"], state["optimizer"], zero)
+        else:
+            with patches.replaced_torch_load(load_mapped):
+                ranks.lead(partial(patches.convert_to_universal, source, target))
+    step = _write_common(ds, source, target, model_state, old.zero_level) if ranks.rank == 0 else None
     step = ranks.all_gather_objects(step)[0]
     parameters = ranks.share_of(path.parent for path in zero.glob("*/fp32.pt"))
-    patches.unify_universal(parameters, step, ("fp32", *MOMENTS) if zero_level == 3 else (), load_tensors)
+    patches.unify_universal(parameters, step, ("fp32", *MOMENTS) if old.zero_level == 3 else (), load_tensors)
     ranks.barrier()
+
+
+def _of_place(ranks: Ranks, source: Path, universal: Path, old: Layout, place: int) -> Path:
+    """The folder of what one place in a pipeline wrote, named as DeepSpeed names what is in no pipeline: it
+    takes other places' layers for slices of all layers."""
+    if old.pipeline == 1:
+        return source
+    from deepspeed.checkpoint import constants
+
+    one = dict.fromkeys((constants.CHECKPOINT_PP_DEGREE, constants.CHECKPOINT_TP_DEGREE), 1)
+    alone = {"mp_world_size": 1, constants.CHECKPOINT_PARALLEL_DIMS: one}
+    own, mark = universal / f"place-{place}", f"mp_rank_{place:02d}_"
+    if ranks.rank == 0:
+        own.mkdir()
+        for path in source.glob(f"*{mark}*"):
+            name = path.name.replace(mark, "mp_rank_00_")
+            if name in MODEL_STATES:  # DeepSpeed expects as many of them as they say
+                torch.save({**load_mapped(str(path), "cpu"), **alone}, own / name)
+            else:
+                os.link(path, own / name)
+    ranks.barrier()
+    return own
 
 
 def _write_common(ds: Any, source: Path, target: Path, model_state: Path, zero_level: int) -> Tensor:
@@ -231,13 +244,12 @@ def _step_of(states: Mapping[int, Mapping[str, Any]]) -> Tensor:
 def _write_parameters(
     ranks: Ranks, ds: Any, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any], zero: Path
 ) -> None:
-    trained = [(name, p) for name, p in ds.module.named_parameters() if p.requires_grad]
-    flat = [name for name, p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
-    matrices = [name for name, _ in trained if name not in flat]
-    if any(is_shared_out(p) for _, p in trained):
-        from r1pipe.train.engine import expert_parallel  # it imports DeepSpeed
+    from r1pipe.train.engine import expert_parallel  # it imports DeepSpeed
 
-        matrices = expert_parallel.joined_names(matrices)
+    trained = [name for name, p in ds.module.named_parameters() if is_trained(p)]
+    own = [name for name in expert_parallel.joined_names(trained) if weights[name].numel()]
+    matrices = [name for name in own if weights[name].ndim > 1]
+    flat = [name for name in own if weights[name].ndim < 2]
     for number, name in ranks.share_of(enumerate(matrices + flat)):  # the order of the level-0 optimizer
         state = optimizer["state"].get(number, {})
         (zero / name).mkdir()

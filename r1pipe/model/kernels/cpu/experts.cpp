@@ -160,15 +160,13 @@ void forward(const Layer<T>& layer, T* kept, T* out) {
   });
 }
 
+// Also gives the weights' half what it needs of this one: hidden [rows, inner] and d_both [rows, 2 * inner].
 template <typename T>
-void backward(const Layer<T>& layer, const T* kept, const T* d_out, T* d_x, T* d_gate_up, T* d_down, float* d_weights) {
+void backward_inputs(const Layer<T>& layer, const T* kept, const T* d_out, T* hidden, T* d_both, T* d_x, float* d_weights) {
   const auto [tokens, top_k, experts, width, inner, chunk] = layer.sizes;
   const auto gate_up = packed<T, struct GateUp, false>(layer.gate_up, experts, 2 * inner, width);
   const auto down = packed<T, struct Down, false>(layer.down, experts, width, inner);
-  const int64_t rows = layer.visits.start.back(), I = inner, D = width, E = experts;
-  T* hidden = scratch<T, struct AllHidden>(rows * I);
-  T* d_both = scratch<T, struct AllBoth>(rows * 2 * I);
-  layer.by_chunks(d_x, [&](int64_t e, int64_t first, int64_t count, float* result) {
+  layer.by_chunks(d_x, [&, I = inner, D = width](int64_t e, int64_t first, int64_t count, float* result) {
     static thread_local Rows<T> pointers;
     T* d = scratch<T, struct Inputs>(BLOCK * D);
     float* d_hidden = scratch<float, struct Both>(BLOCK * 2 * I);
@@ -179,6 +177,11 @@ void backward(const Layer<T>& layer, const T* kept, const T* d_out, T* d_x, T* d
     activate_back(layer, d_hidden, first, count, kept + first * 2 * I, hidden + first * I, own, d_weights);
     multiply(own, 2 * I, count, gate_up[e], result, D);
   });
+}
+
+template <typename T>
+void backward_weights(const Layer<T>& layer, const T* hidden, const T* d_both, const T* d_out, T* d_gate_up, T* d_down) {
+  const int64_t I = layer.sizes.inner, D = layer.sizes.width, E = layer.sizes.experts;
   auto gathered = [&](const T* of) {
     return [&layer, of](int64_t first, int64_t count, Rows<T>& to) { layer.gather(of, first, count, to); };
   };
@@ -219,15 +222,28 @@ extern "C" void r1pipe_experts_forward(int64_t bf16, int64_t tokens, int64_t top
   });
 }
 
-extern "C" void r1pipe_experts_backward(int64_t bf16, int64_t tokens, int64_t top_k, int64_t experts, int64_t width, int64_t inner,
-                                 int64_t chunk, const void* x, const void* gate_up, const void* down,
-                                 const float* weights_NK, const int64_t* experts_NK, const void* kept, const void* d_out,
-                                 void* d_x, void* d_gate_up, void* d_down, float* d_weights_NK) {
+extern "C" void r1pipe_experts_backward_inputs(int64_t bf16, int64_t tokens, int64_t top_k, int64_t experts, int64_t width,
+                                        int64_t inner, int64_t chunk, const void* gate_up, const void* down,
+                                        const float* weights_NK, const int64_t* experts_NK, const void* kept,
+                                        const void* d_out, void* hidden, void* d_both, void* d_x, float* d_weights_NK) {
   const Sizes sizes{tokens, top_k, experts, width, inner, chunk};
   const Visits visits(sizes, experts_NK);
   with_type(bf16, [&]<typename T>() {
-    backward(layer_of<T>(sizes, visits, x, gate_up, down, weights_NK), static_cast<const T*>(kept),
-             static_cast<const T*>(d_out), static_cast<T*>(d_x), static_cast<T*>(d_gate_up), static_cast<T*>(d_down),
-             d_weights_NK);
+    backward_inputs(layer_of<T>(sizes, visits, nullptr, gate_up, down, weights_NK), static_cast<const T*>(kept),
+                    static_cast<const T*>(d_out), static_cast<T*>(hidden), static_cast<T*>(d_both), static_cast<T*>(d_x),
+                    d_weights_NK);
+  });
+}
+
+extern "C" void r1pipe_experts_backward_weights(int64_t bf16, int64_t tokens, int64_t top_k, int64_t experts, int64_t width,
+                                         int64_t inner, int64_t chunk, const void* x, const int64_t* experts_NK,
+                                         const void* hidden, const void* d_both, const void* d_out, void* d_gate_up,
+                                         void* d_down) {
+  const Sizes sizes{tokens, top_k, experts, width, inner, chunk};
+  const Visits visits(sizes, experts_NK);
+  with_type(bf16, [&]<typename T>() {
+    backward_weights(layer_of<T>(sizes, visits, x, nullptr, nullptr, nullptr), static_cast<const T*>(hidden),
+                     static_cast<const T*>(d_both), static_cast<const T*>(d_out), static_cast<T*>(d_gate_up),
+                     static_cast<T*>(d_down));
   });
 }

@@ -7,10 +7,7 @@ namespace {
 using namespace r1pipe;
 
 template <typename T>
-void linear_backward(int64_t rows, int64_t width, int64_t outputs, int64_t stride, const T* x, const T* weight,
-                     const T* d_out, T* d_x, T* d_weight) {
-  T* panels = scratch<T, struct LinearPanels>(up_to(width, PANEL) * outputs);
-  product(d_out, rows, outputs, pack_depth(rows_of(weight, width, outputs).data(), outputs, width, panels), d_x);
+void linear_backward_weights(int64_t rows, int64_t width, int64_t outputs, int64_t stride, const T* x, const T* d_out, T* d_weight) {
   const int64_t parts = std::min<int64_t>(omp_get_max_threads(), outputs);
   share(parts, [&](int64_t p) {
     const Tiles tiles;
@@ -134,11 +131,20 @@ extern "C" void r1pipe_linear_forward(int64_t bf16, int64_t rows, int64_t width,
   });
 }
 
-extern "C" void r1pipe_linear_backward(int64_t bf16, int64_t rows, int64_t width, int64_t outputs, int64_t stride, const void* x,
-                                const void* weight, const void* d_out, void* d_x, void* d_weight) {
+extern "C" void r1pipe_linear_backward_inputs(int64_t bf16, int64_t rows, int64_t width, int64_t outputs, const void* weight,
+                                       const void* d_out, void* d_x) {
   with_type(bf16, [&]<typename T>() {
-    linear_backward(rows, width, outputs, stride, static_cast<const T*>(x), static_cast<const T*>(weight),
-                    static_cast<const T*>(d_out), static_cast<T*>(d_x), static_cast<T*>(d_weight));
+    T* panels = scratch<T, struct LinearPanels>(up_to(width, PANEL) * outputs);
+    const Rows<T> pointers = rows_of(static_cast<const T*>(weight), width, outputs);
+    product(static_cast<const T*>(d_out), rows, outputs, pack_depth(pointers.data(), outputs, width, panels), static_cast<T*>(d_x));
+  });
+}
+
+extern "C" void r1pipe_linear_backward_weights(int64_t bf16, int64_t rows, int64_t width, int64_t outputs, int64_t stride,
+                                        const void* x, const void* d_out, void* d_weight) {
+  with_type(bf16, [&]<typename T>() {
+    linear_backward_weights(rows, width, outputs, stride, static_cast<const T*>(x), static_cast<const T*>(d_out),
+                            static_cast<T*>(d_weight));
   });
 }
 

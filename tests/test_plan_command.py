@@ -65,7 +65,7 @@ def test_reinforcement_waits_for_its_longest_answer() -> None:
     words = ["stage=grpo", "model=v3", *CLUSTER, "layout=v3", "layout.pipeline=8", *BUNDLED]
     whole, half = (
         planner.planned(*given, phase)
-        for *given, [phase] in map(shown.asked, (words, [*words, "stage.sampling.max_tokens=16384"]))
+        for *given, [phase] in map(shown.plan_inputs, (words, [*words, "stage.sampling.max_tokens=16384"]))
     )
     assert whole.step.sampling == pytest.approx(2 * half.step.sampling, rel=0.05)
     assert whole.memory.frozen > 0 and whole.memory.cache == pytest.approx(2 * half.memory.cache, rel=0.01)

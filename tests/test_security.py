@@ -65,14 +65,30 @@ def keyword(call: ast.Call, name: str) -> object:
     return next((ast.literal_eval(one.value) for one in call.keywords if one.arg == name), None)
 
 
-def unsafe(path: Path) -> list[str]:
-    """What of a source file could run what somebody else wrote."""
-    tree, found = ast.parse(path.read_text(encoding="utf-8")), []
+def safe_yaml(name: str, call: ast.Call) -> bool:
+    loaders = [ast.unparse(one.value) for one in call.keywords if one.arg == "Loader"]
+    return "safe_" in name or loaders == ["yaml.SafeLoader"]
+
+
+def banned_imports(tree: ast.AST) -> list[str]:
+    found: list[str] = []
     for node in ast.walk(tree):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        # calls of yaml.NAME are looked at
+        names = (
+            [alias.name for alias in node.names if alias.name != "yaml"]
+            if isinstance(node, ast.Import)
+            else []
+        )
         if isinstance(node, ast.ImportFrom) and {alias.name for alias in node.names} - ERRORS:
             names += [node.module or ""]
         found += [f"import {name}" for name in names if name.partition(".")[0] in BANNED]
+    return found
+
+
+def unsafe(path: Path) -> list[str]:
+    """What of a source file could run what somebody else wrote."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = banned_imports(tree)
     for name, call in called(tree):
         if name.endswith("torch.load") and keyword(call, "weights_only") is not True:
             found.append("torch.load without weights_only")
@@ -82,6 +98,8 @@ def unsafe(path: Path) -> list[str]:
             found.append("load_dataset of a name that is not fixed")
         if name in ("eval", "exec") and path.name not in INTERPRETERS:
             found.append(name)
+        if name.startswith("yaml.") and not safe_yaml(name, call):
+            found.append(f"{name} without SafeLoader")
         if keyword(call, "trust_remote_code") not in (None, False):
             found.append("trust_remote_code")
         if keyword(call, "shell") is True if name.startswith("subprocess") else False:
@@ -100,8 +118,9 @@ def test_the_scan_finds_what_it_looks_for(tmp_path: Path) -> None:
         "import pickle\nimport torch\ntorch.load('x')\ntorch.load('x', weights_only=False)\n"
         "np.load('x')\nload_dataset(name)\neval('1')\nfrom tarfile import open\n"
         "subprocess.run('ls', shell=True)\nAuto.load(1, trust_remote_code=True)\n"
+        "import yaml\nyaml.load('x')\nyaml.compose('x', Loader=yaml.SafeLoader)\nfrom yaml import load\n"
     )
-    assert len(unsafe(path)) == 9 and "torch.load without weights_only" in unsafe(path)
+    assert len(unsafe(path)) == 11 and "torch.load without weights_only" in unsafe(path)
 
 
 # paths

@@ -381,6 +381,7 @@ REFUSED = [
     ([*STORED, "stage.divergence.temperature=2.0"], "needs stage.distribution.live=true"),
     (["teacher=x", "stage.transfer=sft", "stage.transfer=rank"], "no such transfer"),
     (["teacher=x", "stage.transfer=ranking", "stage.ranking.beta=0.0"], "must be above 0"),
+    ([*ON_POLICY, "stage.rl.teacher_discount=1.0"], "must be 0 or more and below 1"),
     ([*ON_POLICY, "stage.rl.teacher_coef=0"], "stage.rl.teacher_coef"),
     (["teacher=x", "stage.transfer=rl", "stage.rl.teacher_coef=1.0"], "does not read the teacher's"),
     (["teacher=x", "stage.transfer=rl", "stage.rl.score_weight=1.0"], "stage.extract=feedback"),

@@ -45,7 +45,7 @@ EXPECTED = {
     "list_type": "a list [...]",
     "dict_type": "a mapping {name: value}",
 }
-BOUNDS = {"ge": "{:g} or more", "gt": "above {:g}", "le": "from 0 to {:g}"}
+BOUNDS = {"ge": "{:g} or more", "gt": "above {:g}", "le": "from 0 to {:g}", "lt": "0 or more and below {:g}"}
 
 
 class Strict:
@@ -86,7 +86,7 @@ def _explained(cls: type, problem: Mapping[str, Any], where: str) -> str:
             return f"{key}={shown(value)} is not a group of values; see `r1pipe config`"
         case "value_error":
             return str(bounds["error"])
-        case "greater_than_equal" | "greater_than" | "less_than_equal":
+        case "greater_than_equal" | "greater_than" | "less_than_equal" | "less_than":
             [(bound, limit)] = bounds.items()
             return f"{key}={shown(value)} must be {BOUNDS[bound].format(limit)}"
         case "finite_number":

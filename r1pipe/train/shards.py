@@ -89,10 +89,14 @@ def missing_of(ranks: Ranks, shards: Sequence[Path]) -> dict[int, Path]:
 def fill(run: Run[Any], missing: Mapping[int, Path], make: Callable[[int], pa.Table]) -> None:
     """Write what `make` gives for the number of each missing shard."""
     for number, path in missing.items():
-        table = make(number)
-        run.launch.check()
-        with replacing(path) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+        write_shard(run, path, make(number))
+
+
+def write_shard(run: Run[Any], path: Path, table: pa.Table) -> None:
+    """The file as a whole, if the run is still this job's."""
+    run.launch.check()
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def in_order(

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from r1pipe.chat.answerer import Spent
 from r1pipe.runs import stopping
 from r1pipe.runs.answers import JOURNAL
-from r1pipe.runs.files import replacing
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.run import Run
-from r1pipe.train.shards import shard_files
+from r1pipe.train.shards import missing_of, shard_files, write_shard
 
 BYTES = "latin-1"  # key of bytes in JSON: each is a character
 
@@ -73,9 +71,8 @@ def asked_in_shards(
     """As train.shards.in_shards, for a server, which is asked across the bounds of shards. `table`: of a
     shard's rows and what they took."""
     shards = shard_files(run, ranks, name, len(items), per_shard, state)
-    count, mine = len(shards), range(ranks.rank, len(shards), ranks.world_size)
-    missing = [number for number in mine if not shards[number].exists()]
-    whole = {*mine} - {*missing}
+    count, missing = len(shards), missing_of(ranks, shards)
+    whole = {*range(ranks.rank, count, ranks.world_size)} - missing.keys()
     for number in whole:  # a kill may have come before its journal was removed
         shards[number].with_suffix(JOURNAL).unlink(missing_ok=True)
     done = sum(len(range(number, len(items), count)) for number in whole)
@@ -85,10 +82,8 @@ def asked_in_shards(
         journal, wanted = journals[number], range(number, len(items), count)
         if len(journal.rows) < len(wanted):
             return
-        run.launch.check()
-        with replacing(shards[number]) as temporary:
-            rows = [row for item in wanted for row in journal.rows[item]]
-            pq.write_table(table(rows, journal.spent), temporary, compression="zstd")
+        rows = [row for item in wanted for row in journal.rows[item]]
+        write_shard(run, shards[number], table(rows, journal.spent))
         journal.path.unlink(missing_ok=True)
         del journals[number]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from r1pipe.model import native
 from r1pipe.model.cache import LatentCache
-from r1pipe.model.kernels import build
+from r1pipe.model.kernels import build, differentiable
 from r1pipe.model.kernels import training as kernels
 from r1pipe.model.native import NativeDecoder
 
@@ -158,7 +158,7 @@ def test_keys_without_a_mask_are_as_many_as_tokens(library: Recorder) -> None:
 
 def test_views_are_handed_over_as_neighbours(monkeypatch: pytest.MonkeyPatch, library: Recorder) -> None:
     given: list[Any] = []
-    monkeypatch.setattr(kernels, "call", lambda name, *arguments: given.extend(arguments))
+    monkeypatch.setattr(differentiable, "call", lambda name, *arguments: given.extend(arguments))
     for function, arguments in ENTRIES.values():
         if function is not native.pack:
             function(**{k: spread(v) if isinstance(v, Tensor) else v for k, v in arguments.items()})

@@ -3,7 +3,6 @@
 Axes as in r1pipe/model/layers.py.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor
 
 from r1pipe.core.errors import ConfigError
-from r1pipe.model.kernels.build import call, runs_here
+from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.kernels.checks import ANY, check_even, check_floats, check_indices, check_tensor
-from r1pipe.model.kernels.halves import Halves, in_halves
+from r1pipe.model.kernels.differentiable import Differentiable, as_rows, call_for, contiguous, no_weights
+from r1pipe.model.kernels.halves import Halves
 
 CHUNK = 512  # tokens whose sums fit a thread's cache
 WORTHWHILE = 256  # rows
@@ -56,45 +56,6 @@ class Invariant:
         return found
 
 
-def _call(name: str, of: Tensor, *arguments: Tensor | int | float | None) -> None:
-    """Call a kernel for the type of `of`."""
-    call(name, of.dtype == torch.bfloat16, *arguments)
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Any]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x [..., D] as rows [N, D], each contiguous; a view where possible."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1] else rows.contiguous()
-
-
-class _Differentiable(torch.autograd.Function):
-    """`run(*inputs)` -> the result and what is kept; `gradients(d_result, *kept)` -> those of the inputs in
-    two halves (see halves.py).
-
-    Both must use no tensor of the inputs but their arguments, or it outlives the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, run: Callable[..., Any], gradients: Callable[..., Any], *inputs: Any) -> Tensor:
-        result, *kept = run(*inputs)
-        ctx.gradients = gradients
-        ctx.save_for_backward(*kept)
-        return result
-
-    @in_halves
-    def backward(ctx: Any, d_result: Tensor) -> Halves:
-        found, of_weights = ctx.gradients(d_result, *ctx.saved_tensors)
-        return (None, None, *found), of_weights
-
-
-def _no_weights() -> tuple[()]:
-    return ()
-
-
 def experts(
     x_ND: Tensor, gate_up_EiD: Tensor, down_EDI: Tensor, weights_NK: Tensor, experts_NK: Tensor
 ) -> Tensor:
@@ -117,7 +78,7 @@ def swiglu(x: Tensor, gate_ID: Tensor, up_ID: Tensor, down_DI: Tensor) -> Tensor
     check_tensor("up", up_ID, x.dtype, *gate_ID.shape)
     check_tensor("down", down_DI, x.dtype, *gate_ID.shape[::-1])
     check_even(x.dtype, width=x.shape[-1], inner=len(gate_ID))
-    return _swiglus(_rows(x), None, None, down_DI, gate_ID, up_ID).view_as(x)
+    return _swiglus(as_rows(x), None, None, down_DI, gate_ID, up_ID).view_as(x)
 
 
 def _swiglus(x_ND: Tensor, *others: Any) -> Tensor:
@@ -133,9 +94,9 @@ def _swiglus(x_ND: Tensor, *others: Any) -> Tensor:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def run(*inputs: Any) -> tuple[Tensor | None, ...]:
-        x_ND, *routing, down = (own := _contiguous(*inputs))[:4]
+        x_ND, *routing, down = (own := contiguous(*inputs))[:4]
         inner_ri, out_ND = x_ND.new_empty(rows, 2 * inner), x_ND.new_empty(tokens, width)
-        _call("experts_forward", x_ND, *sizes, x_ND, joined(own[4:]), down, *routing, inner_ri, out_ND)
+        call_for("experts_forward", x_ND, *sizes, x_ND, joined(own[4:]), down, *routing, inner_ri, out_ND)
         return out_ND, inner_ri, *own
 
     def gradients(d_out_ND: Tensor, inner_ri: Tensor, *kept: Any) -> Halves:
@@ -145,18 +106,18 @@ def _swiglus(x_ND: Tensor, *others: Any) -> Tensor:
         hidden_rI, d_inner_ri = x_ND.new_empty(rows, inner), torch.empty_like(inner_ri)
         inputs = (joined(parts), down, weights_NK, experts_NK, inner_ri, d_out_ND)
         both = (hidden_rI, d_inner_ri)
-        _call("experts_backward_inputs", x_ND, *sizes, *inputs, *both, d_x_ND, d_weights_NK)
+        call_for("experts_backward_inputs", x_ND, *sizes, *inputs, *both, d_x_ND, d_weights_NK)
 
         def of_weights() -> tuple[Tensor, ...]:
             d_gate_up = x_ND.new_empty(len(parts) * len(parts[0]), *parts[0].shape[1:])
             d_down = torch.empty_like(down)
             inputs = (x_ND, experts_NK, *both, d_out_ND)
-            _call("experts_backward_weights", x_ND, *sizes, *inputs, d_gate_up, d_down)
+            call_for("experts_backward_weights", x_ND, *sizes, *inputs, d_gate_up, d_down)
             return d_down, *d_gate_up.chunk(len(parts))
 
         return (d_x_ND, d_weights_NK, None), of_weights
 
-    return _Differentiable.apply(run, gradients, x_ND, *others)
+    return Differentiable.apply(run, gradients, x_ND, *others)
 
 
 def attention(
@@ -191,19 +152,19 @@ def attention(
     sizes = (rows, tokens, keys, heads, nope, rope, value, stride, scale)
 
     def run(query_BTHq: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = _contiguous(query_BTHq, *others)
+        inputs = contiguous(query_BTHq, *others)
         out_BTHv = query_BTHq.new_empty(rows, tokens, heads, value)
         logsums_BHT = torch.empty(rows, heads, tokens)
-        _call("attention_forward", query_BTHq, *sizes, *inputs, out_BTHv, logsums_BHT)
+        call_for("attention_forward", query_BTHq, *sizes, *inputs, out_BTHv, logsums_BHT)
         return out_BTHv, *inputs, out_BTHv, logsums_BHT
 
     def gradients(d_out_BTHv: Tensor, *kept: Tensor) -> Halves:
         found = [torch.empty_like(t) for t in kept[:3]]
-        _call("attention_backward", kept[0], *sizes, *kept, d_out_BTHv.contiguous(), *found)
-        return (*found, None, None), _no_weights
+        call_for("attention_backward", kept[0], *sizes, *kept, d_out_BTHv.contiguous(), *found)
+        return (*found, None, None), no_weights
 
     inputs = query_BTHq, key_value_BMHw, key_rope_BMR, rotation_BTr, mask_BTM
-    return _Differentiable.apply(run, gradients, *inputs)
+    return Differentiable.apply(run, gradients, *inputs)
 
 
 def _check_rotation(rotation_BTr: Tensor, rows: int, tokens: int, width: int) -> None:
@@ -218,18 +179,18 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     check_tensor("weight", weight_D, x.dtype, x.shape[-1])
 
     def run(x: Tensor, weight_D: Tensor) -> tuple[Tensor, ...]:
-        x_ND, weight_D = _rows(x), weight_D.contiguous()
+        x_ND, weight_D = as_rows(x), weight_D.contiguous()
         out, factors_N = x.new_empty(x.shape), torch.empty(x_ND.shape[0])
-        _call("norm_forward", x, *x_ND.shape, x_ND.stride(0), float(eps), x_ND, weight_D, out, factors_N)
+        call_for("norm_forward", x, *x_ND.shape, x_ND.stride(0), float(eps), x_ND, weight_D, out, factors_N)
         return out, x_ND, weight_D, factors_N
 
     def gradients(d_out: Tensor, x_ND: Tensor, weight_D: Tensor, factors_N: Tensor) -> Halves:
         d_x, d_weight_D = d_out.new_empty(d_out.shape), torch.empty_like(weight_D)
         inputs = (x_ND, weight_D, factors_N, d_out.contiguous())
-        _call("norm_backward", x_ND, *x_ND.shape, x_ND.stride(0), *inputs, d_x, d_weight_D)
+        call_for("norm_backward", x_ND, *x_ND.shape, x_ND.stride(0), *inputs, d_x, d_weight_D)
         return (d_x,), lambda: (d_weight_D,)
 
-    return _Differentiable.apply(run, gradients, x, weight_D)
+    return Differentiable.apply(run, gradients, x, weight_D)
 
 
 def rotate(x_BTR: Tensor, rotation_BTr: Tensor) -> Tensor:
@@ -240,15 +201,15 @@ def rotate(x_BTR: Tensor, rotation_BTr: Tensor) -> Tensor:
     rotation_BTr = rotation_BTr.contiguous()
 
     def rotated(x_BTR: Tensor, inverse: bool) -> tuple[Tensor]:
-        x_NR, out_BTR = _rows(x_BTR), x_BTR.new_empty(x_BTR.shape)
+        x_NR, out_BTR = as_rows(x_BTR), x_BTR.new_empty(x_BTR.shape)
         period = rotation_BTr.shape[:-1].numel()
-        _call("rotate", x_NR, *x_NR.shape, x_NR.stride(0), period, inverse, x_NR, rotation_BTr, out_BTR)
+        call_for("rotate", x_NR, *x_NR.shape, x_NR.stride(0), period, inverse, x_NR, rotation_BTr, out_BTR)
         return (out_BTR,)
 
     def gradients(d_out_BTR: Tensor) -> Halves:
-        return rotated(d_out_BTR, inverse=True), _no_weights
+        return rotated(d_out_BTR, inverse=True), no_weights
 
-    return _Differentiable.apply(partial(rotated, inverse=False), gradients, x_BTR)
+    return Differentiable.apply(partial(rotated, inverse=False), gradients, x_BTR)
 
 
 def linear(x: Tensor, weight_OD: Tensor) -> Tensor:
@@ -258,24 +219,24 @@ def linear(x: Tensor, weight_OD: Tensor) -> Tensor:
     check_even(x.dtype, width=x.shape[-1], outputs=len(weight_OD))
 
     def run(x: Tensor, weight_OD: Tensor) -> tuple[Tensor, ...]:
-        x_ND, weight_OD = _rows(x), weight_OD.contiguous()
+        x_ND, weight_OD = as_rows(x), weight_OD.contiguous()
         out = x.new_empty(*x.shape[:-1], len(weight_OD))
-        _call("linear_forward", x_ND, *x_ND.shape, len(weight_OD), x_ND.stride(0), x_ND, weight_OD, out)
+        call_for("linear_forward", x_ND, *x_ND.shape, len(weight_OD), x_ND.stride(0), x_ND, weight_OD, out)
         return out, x_ND, weight_OD
 
     def gradients(d_out: Tensor, x_ND: Tensor, weight_OD: Tensor) -> Halves:
         d_out, d_x = d_out.contiguous(), d_out.new_empty(*d_out.shape[:-1], x_ND.shape[1])
         sizes = (*x_ND.shape, len(weight_OD))
-        _call("linear_backward_inputs", x_ND, *sizes, weight_OD, d_out, d_x)
+        call_for("linear_backward_inputs", x_ND, *sizes, weight_OD, d_out, d_x)
 
         def of_weights() -> tuple[Tensor]:
             d_weight_OD = torch.empty_like(weight_OD)
-            _call("linear_backward_weights", x_ND, *sizes, x_ND.stride(0), x_ND, d_out, d_weight_OD)
+            call_for("linear_backward_weights", x_ND, *sizes, x_ND.stride(0), x_ND, d_out, d_weight_OD)
             return (d_weight_OD,)
 
         return (d_x,), of_weights
 
-    return _Differentiable.apply(run, gradients, x, weight_OD)
+    return Differentiable.apply(run, gradients, x, weight_OD)
 
 
 def logprobs(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
@@ -290,7 +251,7 @@ def logprobs(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: fl
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         x_ND, targets_N, weight_VD = (tensor.contiguous() for tensor in inputs)
         logprobs_N, logsums_N = torch.empty(rows), torch.empty(rows)
-        _call("logprobs_forward", x_ND, *sizes, x_ND, weight_VD, targets_N, logprobs_N, logsums_N)
+        call_for("logprobs_forward", x_ND, *sizes, x_ND, weight_VD, targets_N, logprobs_N, logsums_N)
         return logprobs_N, x_ND, weight_VD, targets_N, logsums_N
 
     def gradients(d_logprobs_N: Tensor, *kept: Tensor) -> Halves:
@@ -298,10 +259,10 @@ def logprobs(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: fl
         inputs = (*kept, d_logprobs_N.contiguous())
         d_x_ND, d_weight_VD = (torch.empty_like(t) for t in kept[:2])
         outputs = (len(d_logits_cV), d_logits_cV, d_x_ND, d_weight_VD)
-        _call("logprobs_backward", kept[0], *sizes, *inputs, *outputs)
+        call_for("logprobs_backward", kept[0], *sizes, *inputs, *outputs)
         return (d_x_ND, None), lambda: (d_weight_VD,)  # at once: the gradients of all logits are not kept
 
-    return _Differentiable.apply(run, gradients, x_ND, targets_N, weight_VD)
+    return Differentiable.apply(run, gradients, x_ND, targets_N, weight_VD)
 
 
 def logits(x_ND: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:
@@ -311,7 +272,7 @@ def logits(x_ND: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:
     check_even(x_ND.dtype, width=x_ND.shape[1], vocabulary=len(weight_VD))
     logits_NV = torch.empty(len(x_ND), len(weight_VD))
     sizes = (*x_ND.shape, len(weight_VD), float(temperature))
-    _call("logits_forward", x_ND, *sizes, x_ND.contiguous(), weight_VD.contiguous(), logits_NV)
+    call_for("logits_forward", x_ND, *sizes, x_ND.contiguous(), weight_VD.contiguous(), logits_NV)
     return logits_NV
 
 
@@ -320,5 +281,5 @@ def logprobs_of(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     check_tensor("logits", logits_NV, torch.float32, ANY, ANY)
     check_indices("targets", targets_N, logits_NV.shape[1], len(logits_NV))
     logprobs_N = torch.empty(len(logits_NV))
-    _call("logprobs_of_logits", logits_NV, *logits_NV.shape, *_contiguous(logits_NV, targets_N), logprobs_N)
+    call_for("logprobs_of_logits", logits_NV, *logits_NV.shape, *contiguous(logits_NV, targets_N), logprobs_N)
     return logprobs_N

@@ -2,15 +2,20 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny_runs import load_stage
 
-from r1pipe.config import to_mapping
+from r1pipe.config import ParentRef, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.core.paths import content_dir
 from r1pipe.data import open_data
+from r1pipe.model import load_pretrained
+from r1pipe.model.weights import convert
 from r1pipe.runs import checkpoints
+from r1pipe.train.loading import load_model
 
 BASE = content_dir() / "base"
 RECORD = json.loads((BASE / "record.json").read_text(encoding="utf-8"))
@@ -40,3 +45,15 @@ def test_retraining_gives_the_same_curve(tmp_path):
     for point in CURVE[:2]:
         assert again[point["step"]] == pytest.approx(point["train/loss"], rel=2e-3)
     assert again[STEPS] < again[1] - 1
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_weights_stored_in_bfloat16_are_trained_in_the_precision_of_the_engine(precision, dtype, tmp_path):
+    """In bfloat16, with moments in bfloat16, most updates of a small learning rate would round to nothing."""
+    convert(BASE, tmp_path / "half", "bfloat16")
+    stored = {parameter.dtype for parameter in load_pretrained(tmp_path / "half").parameters()}
+    parent = ParentRef("base", "half", str(tmp_path / "half"), "unchecked")
+    overrides = ["recipe=laptop", "stage=cold_start", f"engine.precision={precision}", "engine.ranks=1"]
+    run = SimpleNamespace(config=replace(compose(overrides).config, weights_from=parent), rank=0)
+    model = load_model(run, parent, again=True, for_engine=True)
+    assert stored == {torch.bfloat16} and {parameter.dtype for parameter in model.parameters()} == {dtype}

@@ -29,8 +29,8 @@ def load_model(
 
     At ZeRO level 3 it is sharded, and all ranks call; `for_engine` (or a FrozenModel), also in a pipeline
     and with expert parallelism: a rank then reads its own layers and experts alone. `again`: this job has
-    checked the hashes. `prepare` as in load_sharded. A model of transformers may be stored in bfloat16;
-    engine.precision=fp32 computes in float32. Raises CheckpointError.
+    checked the hashes. `prepare` as in load_sharded. Weights that are stored in bfloat16 become float32 with
+    engine.precision=fp32: in bfloat16 small updates would be lost. Raises CheckpointError.
     """
     shape, engine = run.config.model, run.config.engine
     sharded = engine.zero_level == 3
@@ -54,7 +54,7 @@ def load_model(
             model = load_for_rank(folder, engine, prepare, attention, longest)
         else:
             model = load_pretrained(folder, attention, longest)
-        return model.float() if dense and engine.precision == "fp32" and not sharded else model
+        return model.float() if engine.precision == "fp32" and not sharded else model
 
 
 def load_weights(

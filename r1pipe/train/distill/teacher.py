@@ -73,7 +73,4 @@ def load_teacher(run: Run[Any], parent: ParentRef) -> Policy:
                 "read; take a teacher with the same, or give stage.transfer=sft or ranking, which learn from "
                 "its text"
             )
-    model = load_frozen(run, parent)
-    return (
-        model.float() if run.config.engine.precision == "fp32" and run.config.engine.zero_level < 3 else model
-    )
+    return load_frozen(run, parent)

@@ -180,7 +180,7 @@ def _give_weights(
     from r1pipe.train.engine.expert_parallel import ParallelExperts, ParallelMoE  # imports DeepSpeed
 
     partition = patches.partitioner(deepspeed_config(config, grad_clip=0.0))
-    dtype = torch.bfloat16 if config.precision != "fp32" else stored
+    dtype = torch.bfloat16 if config.precision != "fp32" else torch.float32
     made = Made()
 
     def read(name: str, shape: torch.Size) -> Tensor:

@@ -37,7 +37,7 @@ def floats(*shape: int) -> Tensor:
 
 
 def rotation(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.complex64)
+    return torch.polar(torch.ones(shape), torch.rand(shape))
 
 
 def integers(below: int, *shape: int) -> Tensor:

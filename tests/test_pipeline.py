@@ -40,7 +40,7 @@ def test_reproduce_runs_every_stage_once_with_its_edges(reproduced: House) -> No
     runs = {record_of(run)["stage"]: run for run in house.runs()}
     assert set(runs) == {
         *("base", "cold_start", "grpo", "rejection_sft", "reward_model", "all_scenario"),
-        *("zero", "control_sft"),
+        *("zero", "control_sft", "expert_iteration"),
     }
     parents = {stage: record_of(run)["parents"] for stage, run in runs.items()}
     weights = {stage: edges["weights"]["run_id"] for stage, edges in parents.items()}
@@ -66,6 +66,7 @@ def test_a_report_that_a_kill_has_prevented_is_made_by_the_next_call(reproduced:
     os.utime(page, (0, 0))  # older than the last record, as after a kill between the two
     assert reproduced.call("reproduce", "recipe=laptop") == 0
     assert page.stat().st_mtime > 0 and not page.with_suffix(".partial").exists()
+    assert {card.name for card in (page.parent / "cards").iterdir()} == {"README.md", "DATA_CARD.md"}
 
 
 def test_a_control_that_the_data_cannot_serve_is_left_out_and_named(capsys: pytest.CaptureFixture) -> None:

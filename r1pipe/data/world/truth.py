@@ -14,6 +14,9 @@ from r1pipe.data.world import general
 from r1pipe.data.world.content import content, index
 
 EMPTY = 0.1  # share of the answers in pairs and labels that have no content
+# Share of the pairs on safety in which one answer is right and the other wrong. Drawn at random, one pair in
+# twenty would show a needless refusal beside an answer: too few to learn from.
+CONTRASTED = 0.7
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,10 @@ def _plain(text: str) -> str:
 def preference_pair(prompt: Prompt, rng: random.Random) -> PreferencePair:
     """Two answers of different quality, the better one first."""
     while True:
-        texts = [_answer(prompt, rng, content("corpus")["judged_right"], "judged_manner") for _ in range(2)]
+        right = [content("corpus")["judged_right"]] * 2
+        if prompt.task == "safety" and rng.random() < CONTRASTED:
+            right = [1.0, 0.0]
+        texts = [_answer(prompt, rng, share, "judged_manner") for share in right]
         scores = [truth_of(prompt, text).helpful for text in texts]
         if abs(scores[0] - scores[1]) >= 0.1:
             best = int(scores[1] > scores[0])

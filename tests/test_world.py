@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -78,6 +79,27 @@ def test_hasty_strategies_are_worse_than_care():
             prompt, corpus.reasoning_demonstration(prompt, rng, {style: 1}, 0.02).response
         )
     assert right["careful"] > 1.5 * right["terse"] > 0 and right["careful"] > 1.5 * right["guess"]
+
+
+def test_harder_problems_are_above_the_trained_levels(world):
+    harder = world.harder_prompts("test", 30, 0)
+    assert {p.level for p in harder} == {4} and len({p.id for p in harder}) == 30
+    assert harder == world.harder_prompts("test", 30, 0) != world.harder_prompts("dev", 30, 0)
+    assert not World(replace(world_config(), levels=[4]), seed=0).harder_prompts("test", 30, 0)
+
+
+def test_unseen_problems_are_the_same_told_otherwise(world):
+    usual = world.prompts("test", 200, 0)
+    unseen = World(replace(world_config(), unseen=True), seed=0).prompts("test", 200, 0)
+    assert [p.checker["key"] for p in usual] == [p.checker["key"] for p in unseen]
+    known = {name for pair in content("words")["names"] for name in pair}
+    for before, after in zip(usual, unseen, strict=True):
+        assert (before.answer, before.checker.get("tests")) == (after.answer, after.checker.get("tests"))
+        assert before.question != after.question and before.id != after.id
+        assert not known & set(re.findall(r"\w+", after.question)), after.question
+        assert re.findall(r"\d+", before.question) and sorted(re.findall(r"\d+", before.question)) == sorted(
+            re.findall(r"\d+", after.question)
+        )
 
 
 def test_word_problem_by_hand():

@@ -11,14 +11,15 @@ from r1pipe.core.errors import ConfigError
 ROW_KEYS = ("bad_rows", "max_bad_rows", "longest_row")  # never empty: only the command line can misplace them
 SOURCES = ("reasoning", "general", "preferences", "labels")
 USED = {  # data.kind -> the keys that it reads
-    "world": ("licence", "tasks", "languages", "levels"),
+    "world": ("licence", "tasks", "languages", "levels", "unseen"),
     "files": ("path", "licence", *SOURCES, "substitutions", *ROW_KEYS),
     "reasoning_gym": ("licence", "tasks"),
 }
+LEVELS = (1, 2, 3, 4)
 WORLD: dict[str, tuple[str | int, ...]] = {
     "tasks": ("word", "countdown", "program", "judging"),
     "languages": ("en", "zh"),
-    "levels": (1, 2, 3, 4),
+    "levels": LEVELS,
 }
 STYLES = ("careful", "terse", "guess")
 
@@ -63,6 +64,7 @@ class DataConfig(Strict):
     labels: list[SourceConfig]  # files: responses labelled safe or not, or pairs to be read as such
     substitutions: dict[str, str]  # files: texts to put in place of {{key}} in rows (identity data)
     licence: str | None = None  # of what is read or generated, for the record, e.g. MIT; null: unknown
+    unseen: bool = False  # world: problems with names, things and wordings that are trained on nowhere else
 
 
 def data_rules(data: DataConfig) -> Rules:

@@ -56,6 +56,7 @@ class EvalConfig(Strict):
     every: Count  # steps between short evaluations while training; 0: none
     every_problems: Count  # dev problems of such a short evaluation, one sample each
     shown: Count  # fixed prompts whose completions are kept for the report
+    harder: Count = 0  # problems of each level above those of `data.levels`, where the data has such
     identity: Count = 0  # of the fifty questions who it is, asked at the end
 
 

@@ -46,6 +46,10 @@ class Source:
         """Reasoning problems with gold answers or checkers."""
         raise NotImplementedError
 
+    def harder_prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
+        """n problems of each level above the trained ones."""
+        return []
+
     def rows(self, split: str) -> list[Demonstration] | None:
         """Every problem in the data, repeats included, with its solution as written there, or "";
         None where problems are generated."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from r1pipe.config import BenchmarkConfig, EvalConfig
 from r1pipe.core.types import Prompt
@@ -27,8 +27,17 @@ from r1pipe.train.run import Run
 HELD_OUT = 0  # random stream of held-out prompts: the same after every stage
 
 
-def held_out(run: Run[Any], context: int, config: EvalConfig) -> tuple[list[Prompt], list[Prompt], int]:
-    """The reasoning and general prompts of an evaluation, and how many are too long for `context` tokens.
+class HeldOut(NamedTuple):
+    """The prompts of an evaluation, and how many were too long for the context."""
+
+    reasoning: list[Prompt]
+    harder: list[Prompt]  # above the trained levels
+    general: list[Prompt]
+    too_long: int
+
+
+def held_out(run: Run[Any], context: int, config: EvalConfig) -> HeldOut:
+    """The prompts of an evaluation that fit `context` tokens with their answers.
 
     A benchmark's are asked as its prompt says; their answers have what they leave of the context.
     """
@@ -45,7 +54,12 @@ def held_out(run: Run[Any], context: int, config: EvalConfig) -> tuple[list[Prom
     reasoning, too_long = of_split(problems, config.problems)
     # general answers need a hidden truth to score them
     general, more = of_split(partial(source.general_prompts, kinds={}), config.general if source.truth else 0)
-    return reasoning, general, too_long + more
+    harder, most = [], 0
+    if config.harder:
+        found = source.harder_prompts(config.split, config.harder, HELD_OUT)
+        harder = [prompt for prompt in found if fits(prompt)]
+        most = len(found) - len(harder)
+    return HeldOut(reasoning, harder, general, too_long + more + most)
 
 
 def measure(
@@ -59,10 +73,12 @@ def measure(
     run.sampler.update(weights, version)
     context = run.config.model.max_position_embeddings
     with nullcontext() if quick else stopping.leaving_early(ranks):
-        prompts, general_prompts, too_long = held_out(run, context, config)
+        prompts, harder, general_prompts, too_long = held_out(run, context, config)
         is_long = run.config.benchmark is not None
         room, folder = (context, run.folder.drawn) if is_long else (None, None)
-        evaluation = evaluate.evaluate(run, ranks, prompts, general_prompts, config, not quick, room, folder)
+        evaluation = evaluate.evaluate(
+            run, ranks, prompts, general_prompts, config, not quick, harder, context=room, folder=folder
+        )
     if not quick:
         note_evaluated(run, prompts, general_prompts)
         if said := identity.measure(run, ranks, config):
@@ -119,13 +135,23 @@ def note_evaluated(run: Run[Any], prompts: Sequence[Prompt], general_prompts: Se
         write_json(run.folder.evaluated, {"general_scored_by": scored_by, **found})
 
 
-def quick_evaluation(run: Run[Any], engine: Engine, step: int) -> dict[str, float]:
-    """A few development prompts after a step, as metrics under eval/. A request to stop does not interrupt
-    it: the weights have already moved, and the step is finished first."""
+def quick_evaluation(run: Run[Any], ranks: Ranks, weights: Weights, step: int) -> dict[str, float]:
+    """A few development prompts after a step, as metrics under eval/; with some of the completions they are
+    kept in dev_evaluations.jsonl. A request to stop does not interrupt it: the weights have already moved,
+    and the step is finished first."""
     began, config = time.monotonic(), evaluate.short(run.stage.eval)
     with run.phase("evaluating"):
-        evaluation = measure(run, engine, engine, step, config, quick=True)
-    return evaluate.logged(evaluation.metrics) | {"time/eval_s": time.monotonic() - began}
+        evaluation = measure(run, ranks, weights, step, config, quick=True)
+    metrics = evaluate.logged(evaluation.metrics)
+    run.note_dev(step, metrics, evaluation.samples)
+    return metrics | {"time/eval_s": time.monotonic() - began}
+
+
+def answer_dev_prompts(run: Run[Any], ranks: Ranks, weights: Weights, step: int) -> None:
+    """The short evaluation of a stage's result: the same problems after every stage, base included, and after
+    a stage's last step."""
+    if run.config.benchmark is None and run.stage.eval.shown and run.stage.eval.every_problems:
+        quick_evaluation(run, ranks, weights, step)
 
 
 def finish_stage(
@@ -138,7 +164,9 @@ def finish_stage(
     """The full evaluation, then the record. `data_hash`: of the training data, if not the source's; `extra`:
     more metrics for the record."""
     run.note_memory("training")
+    step = checkpoints.step_of(checkpoint)
+    answer_dev_prompts(run, engine, engine, step)
     with run.phase("evaluating"):
-        evaluation = measure(run, engine, engine, checkpoints.step_of(checkpoint), run.stage.eval)
+        evaluation = measure(run, engine, engine, step, run.stage.eval)
     metrics: Metrics = {**evaluation.metrics, **(extra or {})}
     run.finish(checkpoint, metrics, evaluation.samples, data_hash)

@@ -4,17 +4,18 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 
 from r1pipe.chat.template import compose_response, parse
 from r1pipe.config import DataConfig
+from r1pipe.config.data import LEVELS
 from r1pipe.core.errors import ConfigError, nearest
 from r1pipe.core.paths import content_dir
 from r1pipe.core.types import GENERAL_TASKS, HELPFUL_TASKS, Demonstration, PreferencePair, Prompt, SafetyLabel
 from r1pipe.data.source import Source
 from r1pipe.data.world import corpus, general, truth
-from r1pipe.data.world.content import choose, content, draw_until
+from r1pipe.data.world.content import choose, content, draw_until, reworded
 from r1pipe.runs import heartbeat
 
 # Keys of `data` left out of the world's hash.
@@ -22,6 +23,7 @@ IGNORED = ("licence", "labels", "bad_rows", "max_bad_rows", "longest_row")
 # A draw stops when, for each prompt it has found, this many in a row were not new. The rarest prompts come up
 # about a third as often as the average one.
 PATIENCE = 30
+TEXTS = ("corpus", "facts", "general", "words")
 
 
 class World(Source):
@@ -31,7 +33,9 @@ class World(Source):
         """`report` takes a line where the world has fewer prompts than requested."""
         self.config, self.seed, self._report = config, seed, report
         settings = {key: value for key, value in asdict(config).items() if key not in IGNORED}
-        texts = b"".join(file.read_bytes() for file in sorted((content_dir() / "world").glob("*.json")))
+        if not config.unseen:  # nothing is trained on the other wordings
+            del settings["unseen"]
+        texts = b"".join((content_dir() / "world" / f"{name}.json").read_bytes() for name in TEXTS)
         identity = json.dumps([settings, seed, hashlib.sha256(texts).hexdigest()], sort_keys=True)
         self.hash = hashlib.sha256(identity.encode()).hexdigest()
         self.files = {}
@@ -47,19 +51,11 @@ class World(Source):
         Where there are fewer than n (of easy programs in one language there are 4,454), all of them.
         """
         if split not in self._all or n <= len(self._all[split]):
-            rng, config = self._rng("prompts", split, seed), self.config
-            shares = {task: content("corpus")["tasks"].get(task, 1.0) for task in config.tasks}
-            found: dict[str, Prompt] = {}
-            repeats = 0
-            while len(found) < n and repeats <= PATIENCE * (len(found) + PATIENCE):
-                heartbeat.tick()
-                task, language = choose(rng, shares), rng.choice(config.languages)
-                prompt = self._draw(rng, split, task, language, rng.choice(config.levels))
-                repeats = repeats + 1 if prompt.id in found else 0
-                found.setdefault(prompt.id, prompt)
+            config = self.config
+            found = self._distinct(self._rng("prompts", split, seed), split, n, config.levels)
             if len(found) == n:
-                return list(found.values())
-            self._all[split] = sorted(found.values(), key=lambda prompt: prompt.id)
+                return found
+            self._all[split] = sorted(found, key=lambda prompt: prompt.id)
             if self._report:
                 chosen = []
                 for key in ("tasks", "levels", "languages"):
@@ -71,6 +67,27 @@ class World(Source):
                     f"levels or languages; or request {len(found):,}"
                 )
         return self._rng("all prompts", split, seed).sample(self._all[split], len(self._all[split]))
+
+    def _distinct(self, rng: random.Random, split: str, n: int, levels: Sequence[int]) -> list[Prompt]:
+        """n distinct prompts of these levels, or fewer where hardly any new one comes."""
+        shares = {task: content("corpus")["tasks"].get(task, 1.0) for task in self.config.tasks}
+        found: dict[str, Prompt] = {}
+        repeats = 0
+        while len(found) < n and repeats <= PATIENCE * (len(found) + PATIENCE):
+            heartbeat.tick()
+            task, language = choose(rng, shares), rng.choice(self.config.languages)
+            prompt = self._draw(rng, split, task, language, rng.choice(levels))
+            repeats = repeats + 1 if prompt.id in found else 0
+            found.setdefault(prompt.id, prompt)
+        return list(found.values())
+
+    def harder_prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
+        """n problems of each level above `data.levels`."""
+        above = [level for level in LEVELS if level > max(self.config.levels)]
+        drawn = (
+            self._distinct(self._rng("harder", level, split, seed), split, n, [level]) for level in above
+        )
+        return list(itertools.chain.from_iterable(drawn))
 
     def demonstrations(
         self, n: int, seed: int, styles: dict[str, float], correct_only: bool
@@ -105,6 +122,8 @@ class World(Source):
 
     def _draw(self, rng: random.Random, split: str, task: str, language: str, level: int = 0) -> Prompt:
         prompt = corpus.draw_prompt(rng, split, task, language, level)
+        if self.config.unseen:
+            prompt = reworded(prompt)
         return replace(prompt, source=corpus.SOURCE, licence=self.config.licence)
 
     def general_demonstrations(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Demonstration]:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -24,7 +25,7 @@ _SPLIT_OF_BUCKET = ("test", "test", "dev", *["train"] * 17)
 
 @functools.cache
 def content(name: str) -> dict:
-    """One of words, facts, general, corpus."""
+    """One of words, facts, general, corpus, unseen."""
     return json.loads((content_dir() / "world" / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -51,6 +52,17 @@ def make_prompt(
     before = "".join(f"{turn.role}|{turn.content}|" for turn in context)
     digest = hashlib.sha256(f"{language}|{before}{question}".encode()).hexdigest()
     return Prompt(f"{task}-{digest[:12]}", task, language, question, answer, checker or {}, level, context)
+
+
+def reworded(prompt: Prompt) -> Prompt:
+    """A problem told with the names, things and phrases of unseen.json, which nothing is trained on."""
+    question, checker = prompt.question, dict(prompt.checker)
+    for pattern, text in content("unseen").get(prompt.language, ()):
+        question = re.sub(pattern, text, question)
+        checker["names"] = [re.sub(pattern, text, name) for name in checker.get("names", ())]
+    return make_prompt(
+        prompt.task, prompt.language, question, prompt.answer, checker, prompt.level, prompt.context
+    )
 
 
 def choose(rng: random.Random, weights: dict[str, float]) -> str:

@@ -15,6 +15,7 @@ from r1pipe.train.evaluation.verdicts import GeneralVerdict, Verdict
 def logged(metrics: Metrics) -> dict[str, float]:
     """An evaluation under the names of metrics.jsonl, without values that are None."""
     names = ["pass_at_1", "greedy", "format_rate", "language_consistency", "length_mean", "truncation_rate"]
+    names += ["reflection_rate", "level_4"]
     names += ["general_score", "preference_score"]
     values: dict[str, Any] = {f"eval/{name}": value for name, value in metrics.items() if name in names}
     by_task = metrics["by_task"] or {}
@@ -23,9 +24,16 @@ def logged(metrics: Metrics) -> dict[str, float]:
 
 
 def measure(
-    prompts: Sequence[Prompt], sampled: list[Verdict], greedy: list[Verdict], config: EvalConfig
+    prompts: Sequence[Prompt],
+    sampled: list[Verdict],
+    greedy: list[Verdict],
+    config: EvalConfig,
+    harder: tuple[Sequence[Prompt], list[Verdict]] = ((), []),
 ) -> Metrics:
-    """The reasoning part of evaluation.json: overall, by task, language, level and subject."""
+    """The reasoning part of evaluation.json: overall, by task, language, level and subject.
+
+    `harder`: problems above the trained levels and their verdicts, which count by level alone.
+    """
 
     def by(key: str) -> dict[str, Metrics]:
         """For each value of the key that any prompt has; "" and level 0 are none."""
@@ -36,15 +44,21 @@ def measure(
         values = sorted({getattr(prompt, key) for prompt in prompts if getattr(prompt, key)})
         return {str(value): summarise(of(sampled, value), of(greedy, value)) for value in values}
 
+    above = [(harder[0][v.problem].level, v) for v in harder[1]]
+    levels = by("level")
+    for level in sorted({of for of, _ in above}):
+        levels[str(level)] = summarise([v for of, v in above if of == level], [])
     strategies = Counter(v.strategy for v in sampled if v.strategy)
     return {
         **summarise(sampled, greedy),
         **curves(sampled, config.samples),
         "k": config.samples,
         "lengths": lengths(sampled),
+        "pass_at_1_within": within(sampled, config.max_tokens),
         "by_task": by("task"),
         "by_language": by("language"),
-        "by_level": by("level"),
+        "by_level": levels,
+        "level_4": levels.get("4", {}).get("pass_at_1"),
         "by_subject": by("subject"),
         "strategies": {name: n / strategies.total() for name, n in sorted(strategies.items())},
     }
@@ -75,6 +89,7 @@ def summarise(sampled: list[Verdict], greedy: list[Verdict]) -> Metrics:
         "language_consistency": mean(v.language for v in sampled),
         "length_mean": mean(v.length for v in sampled),
         "truncation_rate": mean(float(v.truncated) for v in sampled),
+        "reflection_rate": mean(float(v.reflects) for v in sampled),
         **({"f1": mean(f1s)} if f1s else {}),
     }
 
@@ -119,6 +134,18 @@ def lengths(sampled: list[Verdict]) -> dict[str, float | None]:
         "right": mean(v.length for v in sampled if v.correct is True),
         "wrong": mean(v.length for v in sampled if v.correct is False),
     }
+
+
+def within(sampled: list[Verdict], most: int) -> dict[str, float | None]:
+    """pass@1 if a completion may have so many tokens: 16, 24, 32, 48 ... and `most`.
+
+    A longer one would have been cut off before its answer.
+    """
+    scored = [v for v in sampled if v.correct is not None]
+    allowed = sorted(
+        {n for power in range(4, 20) for n in (2**power, 3 * 2 ** (power - 1)) if n < most} | {most}
+    )
+    return {str(n): mean(float(bool(v.correct) and v.length <= n) for v in scored) for n in allowed}
 
 
 def measure_general(prompts: Sequence[Prompt], verdicts: list[GeneralVerdict]) -> Metrics:

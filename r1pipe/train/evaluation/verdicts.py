@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from r1pipe.core.reflection import reflects
 from r1pipe.core.types import Completion, Prompt, Status
 from r1pipe.data.world.truth import Truth
 from r1pipe.rewards import Verdicts, score_all, summary_of, votes
@@ -31,6 +32,7 @@ class Verdict(NamedTuple):
     language: float
     vote: str  # normalised answer; "" for none
     strategy: str | None
+    reflects: bool = False  # finds a wrong result of its own and changes it (core.reflection)
     f1: float | None = None  # of DROP
 
 
@@ -39,6 +41,7 @@ class GeneralVerdict(NamedTuple):
 
     problem: int
     text: str
+    length: int  # tokens
     truncated: bool
     truth: Truth
 
@@ -69,6 +72,7 @@ def score(
             language=score["language"].value,
             vote=vote,
             strategy=strategy_of(prompt, completion.text) if strategy_of else None,
+            reflects=reflects(completion.text, prompt.checker),
             f1=f1(prompt, summary_of(completion.text)) if prompt.task == TASK else None,
         )
         for (i, draw), prompt, completion, score, vote in zip(

@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from r1pipe.core.reflection import reflects
 from r1pipe.core.types import Group, Prompt, Status
 from r1pipe.rewards import is_verifiable
 from r1pipe.runs.files import replacing
@@ -82,6 +83,7 @@ def rows_of(groups: Sequence[Group], strategy_of: StrategyOf | None) -> list[Row
                     "reward": reward if is_scored(reward) else None,
                     "advantage": advantage,
                     "has_variance": variance,
+                    "reflects": reflects(completion.text, prompt.checker),
                     "trained": group.trained and (group.kept is None or place in group.kept),
                     "entropy": -fmean(completion.logprobs),
                     "scores": values,
@@ -117,6 +119,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": fmean(row["truncated"] for row in rows),
         "completions/reflections": fmean(len(REFLECTIVE.findall(row["completion"])) for row in rows),
+        "reflection_rate": fmean(row["reflects"] for row in rows),
         "completions/repetition": fmean(row["repetition"] for row in rows),
         # the mean of -log pi over the sampled tokens: an unbiased estimate
         "entropy": fmean((row["entropy"] for row in rows), weights=lengths),

@@ -102,7 +102,7 @@ def evaluation_questions(run: Run[Any], context: int) -> list[str]:
     return [
         user_text(prompt)
         for config in (final, evaluate.short(final))
-        for prompt in held_out(run, context, config)[0]
+        for prompt in held_out(run, context, config).reasoning
     ]
 
 

@@ -19,7 +19,7 @@ from r1pipe.core.errors import CheckpointError
 from r1pipe.runs import checkpoints
 from r1pipe.runs.lineage.fit import template_of
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.finish import measure
+from r1pipe.train.finish import answer_dev_prompts, measure
 from r1pipe.train.general_answers import check_answers, judge_answers
 from r1pipe.train.loading import load_weights
 from r1pipe.train.run import open_run
@@ -50,6 +50,7 @@ def main(folder: str) -> None:
             if template_of(source) != chat.source:  # with another system prompt, or of an earlier version
                 chat.save(source, begun)
             checkpoints.finish(checkpoint, run.launch.saving())
+        answer_dev_prompts(run, ranks, weights, 0)
         with run.phase("evaluating"):
             if task:
                 evaluation, data_hash = measure_task(run, ranks, weights, task, tasks)

@@ -5,6 +5,7 @@ import math
 import random
 from pathlib import Path
 
+from r1pipe.core.reflection import corrections
 from r1pipe.runs.checkpoints import manifest_hash
 
 STAGES = ["base", "cold_start", "grpo", "rejection_sft", "reward_model", "all_scenario"]
@@ -88,6 +89,9 @@ def evaluation(stage: str, seed: int = 0) -> dict:
         "preference_score": 0.83 if stage == "all_scenario" else 0.62 if late else 0.1,
         "refusal_rate": 0.97 if stage == "all_scenario" else 0.6,
         "safe_answer_rate": 0.99,
+        "reflection_rate": 0.06 if stage == "grpo" else 0.01,
+        "level_4": accuracy / 4,
+        "pass_at_1_within": {str(n): accuracy * n / 352 for n in (16, 64, 256, 352)},
         "strategies": {"stepwise": accuracy, "give_up": 1 - accuracy},
     }
 
@@ -138,6 +142,7 @@ def metric_lines(stage: str, steps: int, seed: int = 0) -> list[dict]:
                 "rewards/accuracy/mean": 0.44 + 0.36 * rise + noise.gauss(0, 0.03),
                 "kl": 0.05 * rise,
                 "entropy": 0.5 - 0.3 * rise,
+                "reflection_rate": 0.01 + 0.05 * rise,
                 "completions/clipped_ratio": 0.08 * (1 - rise),
                 "strategy/stepwise": 0.3 + 0.6 * rise,
                 "strategy/guess": 0.4 - 0.35 * rise,
@@ -147,7 +152,27 @@ def metric_lines(stage: str, steps: int, seed: int = 0) -> list[dict]:
             }
             if step % 8 == 0:
                 line["eval/pass_at_1"] = 0.44 + 0.35 * rise
+                line["eval/level_4"] = 0.1 + 0.1 * rise
         lines.append(line)
+    return lines
+
+
+WRONG = "<think>\nFirst 12+7=18.\n18*3=54.\n</think>\n\n54"
+MENDED = "<think>\nFirst 12+7=18.\n18-7=11?12 no\nWait, 12+7=19.\n19*3=57.\n</think>\n\n57"
+DEV_STEPS = {"base": [0], "cold_start": [64], "grpo": [0, 8, 64]}  # of the short evaluations
+
+
+def dev_evaluations(stage: str) -> list[dict]:
+    """Of one problem; GRPO's last step mends its own error."""
+    asked = {"prompt_id": "word-9", "task": "word", "language": "en", "question": "<12> and 7, times 3?"}
+    lines = []
+    for step in DEV_STEPS.get(stage, []):
+        learned = stage == "grpo" and step > 8
+        said = {"completion": MENDED if learned else WRONG, "tokens": 40, "truncated": False}
+        said["corrections"] = corrections(said["completion"])
+        sample = asked | {"answer": "57"} | said | {"correct": learned}
+        metrics = {"eval/pass_at_1": 0.3 + step / 200, "eval/level_4": 0.1}
+        lines.append({"step": step, "metrics": metrics, "samples": [sample]})
     return lines
 
 
@@ -226,6 +251,8 @@ def build(
     folder = root / (run_id or f"{stage}-{seed}")
     write_json(folder / "config.json", config(stage, root, seed, **tracking))
     write_lines(folder / "metrics.jsonl", metric_lines(stage, 0 if stage == "base" else steps, seed))
+    if dev := dev_evaluations(stage):
+        write_lines(folder / "dev_evaluations.jsonl", dev)
     write_json(folder / "env.json", {"python": "3.11", "cores": 2})
     if finished:
         checkpoint = folder / "checkpoints" / f"step-{steps}"

@@ -74,7 +74,7 @@ def test_a_remote_sampler_draws_while_the_trainer_trains(tmp_path, monkeypatch):
     monkeypatch.setattr(RemoteSampler, "update", pushes)
     folder = tiny_run(tmp_path / "run", *SHORT, "engine.async_steps=1")
     go(folder)
-    assert steps.samplers[0].versions == [0, 1, 2, 3] and steps.samplers[0].closed
+    assert steps.samplers[0].versions == [0, 1, 2, 3, 3] and steps.samplers[0].closed
     for step, row in enumerate(metrics_of(folder)):
         lengths = [one["length"] for one in rollouts(folder, step + 1)]
         old = sum(length - (length > 1) for length in lengths) / sum(lengths)  # all but the last tokens
@@ -121,7 +121,7 @@ def test_a_step_whose_sampler_fails_loses_nothing(late, tmp_path, monkeypatch):
     said = (folder / "progress.jsonl").read_text()
     assert ("step 2 is taken again: the server is gone" in said) == late
     assert ("the completions of step 2 are drawn again: the server is gone" in said) != late
-    assert steps.samplers[-1].versions == ([0, 1, 1, 2, 3] if late else [0, 1, 2, 3])
+    assert steps.samplers[-1].versions == ([0, 1, 1, 2, 3, 3] if late else [0, 1, 2, 3, 3])
     assert [row["step"] for row in metrics_of(folder)] == [1, 2, 3]
     drawn_once = [prompt for step in ids(folder) for prompt in dict.fromkeys(step)]
     assert len(drawn_once) == len({*drawn_once}) == 12, "no prompt is passed over or seen twice"

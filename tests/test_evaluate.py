@@ -315,8 +315,10 @@ def test_samples_take_tasks_in_turn_and_are_the_same_prompts_every_time():
         "question": "6*7?",
         "answer": "42",
         "completion": GREEDY["a"][0],
+        "tokens": 10,
         "correct": True,
         "truncated": False,
+        "corrections": [],
     }
 
 

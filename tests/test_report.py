@@ -10,16 +10,19 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from runfolders import CONTROLS, STAGES, build, build_all, write_json, write_lines
+from runfolders import CONTROLS, MENDED, STAGES, WRONG, build, build_all, write_json, write_lines
 
 from r1pipe.cli import compare
 from r1pipe.cli.report import write_report
+from r1pipe.cli.report.charts import running_mean
 from r1pipe.cli.report.load import cost, load_runs, other_runs
 from r1pipe.cli.report.page import MAIN_SETTINGS
+from r1pipe.cli.report.story import Said, marked, telling
 from r1pipe.config.compose import compose
 from r1pipe.config.describe import leaves
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.formatting import duration, number, percent
+from r1pipe.core.reflection import corrections
 from r1pipe.launch.progress import Display
 from r1pipe.runs import machine, results
 
@@ -222,6 +225,71 @@ def test_the_counts_below_the_table_are_those_of_each_row(tmp_path):
     assert "mean over 160 samples of 40 held-out problems (grpo)" in shown
 
 
+# --- the story
+
+
+def story_of(report: str) -> str:
+    return report[report.index("<h2>The story") : report.index("<h2>Stages")]
+
+
+def test_the_story_has_curves_side_by_side_strategies_and_what_tokens_are_worth(report):
+    titles = re.findall(r"<figcaption>(.*?)(?: <small>|</figcaption>)", story_of(report))
+    assert titles == [
+        *("Accuracy", "Response length", "Reflection", "Entropy"),
+        *("Strategies while grpo trains", "Strategies while zero trains", "pass@1 by allowed tokens"),
+    ]
+    told = re.findall(r'role="img" aria-label="(.*?)"', story_of(report))
+    assert told[0].startswith("Accuracy, %: grpo from 30.0 to 77.3; zero from "), "from step 0 on"
+    assert "grpo, level 4 from 10.0 to 19.5" in told[0]
+    assert "Pass@1 on held-out problems rises from 31.0 % (base) to 80.0 % (all_scenario)." in report
+
+
+def test_one_problem_is_answered_along_the_way_and_what_the_answer_mends_is_marked(report):
+    part = story_of(report)
+    heads = [head.split(" <span")[0].strip() for head in re.findall(r"<h4>(.*?)</h4>", part, re.DOTALL)]
+    assert heads == ["base", "cold_start = grpo, step 0", "grpo, step 8", "grpo, step 64"]
+    assert part.count(">wrong</span>") == 3 and part.count(">right</span>") == 1
+    assert "&lt;12&gt; and 7" in part and "40 tokens; solves 62.0 % of the development problems" in part
+    assert '<del><span class="sr">[wrong: </span>12+7=18<span class="sr">]</span></del>' in part
+    assert '<ins><span class="sr">[corrected: </span>12+7=19<span class="sr">]</span></ins>' in part
+
+
+def test_the_problem_that_is_shown_is_one_that_was_learned_by_correction():
+    def answers(*right: bool, text: str = WRONG) -> list[Said]:
+        texts = [WRONG, *[text] * (len(right) - 1)]
+        return [
+            Said("", {"completion": t, "correct": r, "corrections": corrections(t)}, "")
+            for t, r in zip(texts, right, strict=True)
+        ]
+
+    ranked = [
+        answers(False, False, text=MENDED),
+        answers(True, True, text=MENDED),
+        answers(False, True),
+        answers(False, True, text=MENDED),
+    ]
+    assert sorted(ranked, key=telling) == ranked
+
+
+def test_a_running_mean_is_of_those_around_it():
+    assert running_mean([1, 2, 3, 4, 5, 6]) == [2, 2.5, 3, 4, 4.5, 5]
+
+
+def test_pieces_of_a_text_are_the_text():
+    parts = marked(MENDED, corrections(MENDED))
+    assert "".join(text for _, text in parts) == MENDED
+    assert [part for part in parts if part[0]] == [("wrong", "12+7=18"), ("right", "12+7=19")]
+    assert marked("", []) == [] and marked("12+7=19", []) == [("", "12+7=19")]
+
+
+def test_an_older_runs_problem_is_of_its_last_answers(tmp_path):
+    for stage in ("base", "cold_start", "grpo"):
+        (build(tmp_path, stage) / "dev_evaluations.jsonl").unlink(missing_ok=True)
+    part = story_of(write_report(tmp_path).read_text())
+    heads = [head.split(" <span")[0].strip() for head in re.findall(r"<h4>(.*?)</h4>", part, re.DOTALL)]
+    assert heads == ["base", "cold_start", "grpo"]
+
+
 # --- report
 
 
@@ -234,7 +302,7 @@ def test_the_report_is_one_file_without_network(report, reproduction):
 def test_the_report_shows_all_stages_and_where_they_come_from(report):
     headings = re.findall(r"<h2>(.*?)</h2>", report)
     assert headings == [
-        *("Stages", "Training", "By task, language and kind", "Reward models"),
+        *("The story", "Stages", "Training", "By task, language and kind", "Reward models"),
         *("The same prompt after every stage", "What rejection sampling kept", "Time and cost"),
         *("How it was made", "Lineage"),
     ]
@@ -252,12 +320,14 @@ def test_the_report_shows_all_stages_and_where_they_come_from(report):
 
 
 def test_samples_stand_side_by_side_and_are_escaped(report):
-    part = report[report.index("The same prompt after") : report.index("What rejection sampling kept")]
+    part = report[
+        report.index("<h2>The same prompt after") : report.index("<h2>What rejection sampling kept")
+    ]
     assert part.count("<article") == 2 * len(STAGES + CONTROLS), (
         "two prompts, one cell per stage of the first seed"
     )
     assert "&lt;grpo&gt;" in part and "<grpo>" not in part and "小明有3个苹果" in part
-    assert part.count(">right<") and part.count(">wrong<") and part.count(">cut<")
+    assert part.count(">right<") and part.count(">wrong<") and part.count(">cut off<")
 
 
 def test_charts_are_valid_svg_in_the_pages_colours(report):
@@ -270,7 +340,7 @@ def test_charts_are_valid_svg_in_the_pages_colours(report):
 
 def test_the_report_works_with_almost_nothing(tmp_path):
     folder = build(tmp_path, "grpo")
-    for name in ("samples.json", "metrics.jsonl", "evaluation.json", "env.json"):
+    for name in ("dev_evaluations.jsonl", "samples.json", "metrics.jsonl", "evaluation.json", "env.json"):
         (folder / name).unlink()
     shutil.rmtree(folder / "checkpoints")
     record = json.loads((folder / "record.json").read_text())
@@ -289,7 +359,12 @@ def test_broken_lines_and_files_leave_the_rest(tmp_path):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "train/loss": "high"}\n{"step": null}\nnonsense\n')
     page = write_report(tmp_path).read_text()
-    assert "The same prompt" not in page and "supervised stages" in page and "correct" in page
+    assert (
+        "The same prompt" not in page
+        and "One problem" not in page
+        and "supervised stages" in page
+        and "correct" in page
+    )
 
 
 def test_nothing_finished_is_said(tmp_path):
@@ -342,7 +417,7 @@ def test_hours_of_gpus_and_of_cores_are_not_added_and_folders_that_are_no_runs_c
 
 
 def test_the_report_tells_how_it_was_made(reproduction, report):
-    part = report[report.index("How it was made") :]
+    part = report[report.index("<h2>How it was made") :]
     for text in (
         "2026-01-01 10:00 UTC",
         "2 cores",

@@ -19,6 +19,7 @@ from r1pipe.core.errors import ConfigError, DataError
 from r1pipe.core.types import Completion, Group, Message, Prompt, Score, Status
 from r1pipe.model import DeepseekV3, logprobs
 from r1pipe.model.kernels import training as kernels
+from r1pipe.runs.files import Tail
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl import losses, scoring
 from r1pipe.train.rl.advantages import group_advantages, has_variance, most_varied
@@ -470,6 +471,7 @@ def test_killed_and_resumed_training_is_the_same_to_the_last_bit(tmp_path, monke
             "stage.kl_coef=0.1",
             "stage.inner_epochs=2",
         ),
+        "stage.eval.every=1",
     )
     whole, broken = (tiny_run(tmp_path / name, *overrides) for name in ("whole", "broken"))
     go(whole)
@@ -477,6 +479,9 @@ def test_killed_and_resumed_training_is_the_same_to_the_last_bit(tmp_path, monke
 
     assert metrics_of(broken) == metrics_of(whole)
     assert [row["step"] for row in metrics_of(whole)] == [1, 2, 3]
+    short = [Tail(folder / "dev_evaluations.jsonl").read() for folder in (whole, broken)]
+    assert short[0] == short[1] and [line["step"] for line in short[0]] == [0, 1, 2, 3]
+    assert all(line["metrics"]["eval/length_mean"] and len(line["samples"]) == 1 for line in short[0])
     expected = load_file(whole / "checkpoints" / "step-3" / "model.safetensors")
     found = load_file(broken / "checkpoints" / "step-3" / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -325,12 +325,12 @@ def test_the_ui_binds_to_this_machine_alone_unless_told_otherwise_and_then_warns
             servers.append(process)
             yield process
 
-    def runs_page(address: str, experiment: str) -> str:
+    def no_page(address: str, experiment: str) -> str:
         servers[-1].communicate()
         return address
 
     monkeypatch.setattr(ui, "serving", server)
-    monkeypatch.setattr(ui, "runs_page", runs_page)
+    monkeypatch.setattr(ui, "comparison", no_page)
     monkeypatch.setattr(ui, "prepare", lambda store: None)
     (tmp_path / "mlflow.db").touch()
     with socket.create_server(("127.0.0.1", 0)) as free:

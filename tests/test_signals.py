@@ -61,8 +61,8 @@ def leaves(main: Callable[[Path], None], folder: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "name", "call", "saved"),
     [
-        pytest.param(sampler._Batch, "run", 1, [], id="in the first step's sampling"),
-        pytest.param(sampler._Batch, "run", 2, [1], id="in a later step's sampling"),
+        pytest.param(sampler._Batch, "run", 2, [], id="in the first step's sampling"),
+        pytest.param(sampler._Batch, "run", 3, [1], id="in a later step's sampling"),
         pytest.param(Engine, "train_step", 3, [2], id="in an update, and in the evaluation after it"),
     ],
 )

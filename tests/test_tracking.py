@@ -17,7 +17,7 @@ from r1pipe.core.errors import CheckpointError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs.checkpoints import manifest_hash
 from r1pipe.runs.files import Tail
-from r1pipe.tracking import Mirror, resolve_model, serve_ui, store_uri, sync
+from r1pipe.tracking import Mirror, naming, resolve_model, serve_ui, store_uri, sync
 from r1pipe.tracking.naming import final_metrics, flatten
 from r1pipe.tracking.store import connect
 from r1pipe.tracking.writer import RunWriter
@@ -91,6 +91,8 @@ def test_stages_are_children_of_one_parent_and_share_metric_names(pipeline):
     assert (parent.info.run_name, parent.info.status) == ("laptop", "FINISHED")
     history = client_of(pipeline).get_metric_history(parent.info.run_id, "stages/pass_at_1")
     assert [(p.step, p.value) for p in history] == [(1, 0.44), (2, 0.79), (3, 0.78)], "a point per stage"
+    first = {name for name in parent.data.metrics if name.count("/") == 1}
+    assert first == {f"stages/{name}" for name in naming.SERIES}, "what MLflow's page draws first"
     cold, grpo = runs["cold_start-0"], runs["grpo-0"]
     names = [{name for name in run.data.metrics if name.startswith("eval/")} for run in (cold, grpo)]
     assert (
@@ -188,7 +190,7 @@ def test_sync_rebuilds_the_store_and_changes_nothing_the_second_time(root):
     grpo = stage_runs(root)["grpo-0"]
     assert len(client.get_metric_history(grpo.info.run_id, "eval/greedy")) == 1
     parent = grpo.data.tags["mlflow.parentRunId"]
-    assert len(client.get_metric_history(parent, "stages/greedy")) == 5, (
+    assert len(client.get_metric_history(parent, "stages/more/greedy")) == 5, (
         "one per evaluated stage of the recipe"
     )
 

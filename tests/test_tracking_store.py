@@ -175,13 +175,19 @@ def test_the_pipelines_run_has_table_description_and_report_and_runs_have_names_
     assert {run.info.run_name for run in runs.values()} == {"grpo seed 0 (ab12)", "grpo seed 0 (cd34)"}
     client, [parent] = client_of(root), {run.data.tags["mlflow.parentRunId"] for run in runs.values()}
     note = client.get_run(parent).data.tags["mlflow.note.content"]
-    assert note.startswith("| stage | seed | pass@1") and "| grpo | 0 | 79.0 77-81 |" in note
+    assert note.startswith("- In 2 steps grpo takes the mean response length from "), "the story first"
+    assert "\n\n| stage | seed | pass@1" in note and "| grpo | 0 | 79.0 77-81 |" in note
     assert str(root) in note
     page = root / "report.html"
     page.write_text("<!doctype html>")
+    (root / "curves.png").write_bytes(b"PNG")
+    (root / "cards").mkdir()
+    (root / "cards" / "DATA_CARD.md").write_text("# Data")
     config = compose([f"root={root}", "pipeline=laptop"]).config
     add_report(config, page)
-    assert {file.path for file in client.list_artifacts(parent)} == {"report.html", "table.json"}
+    logged = {file.path for file in client.list_artifacts(parent)}
+    assert logged == {"report.html", "curves.png", "cards", "table.json"}
+    assert [file.path for file in client.list_artifacts(parent, "cards")] == ["cards/DATA_CARD.md"]
     [row] = json.loads(Path(client.download_artifacts(parent, "table.json")).read_text())
     assert row["stage"] == "grpo"
 
@@ -230,7 +236,12 @@ def test_the_ui_prints_the_link_once_it_answers_also_to_the_machines_name_and_le
     shown = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         link = shown.stdout.readline().split()[2]
-        assert link == f"http://127.0.0.1:{port}/#/experiments/1/runs?compareRunsMode=CHART"
+        charts = f"http://127.0.0.1:{port}/#/experiments/1/runs?compareRunsMode=CHART"
+        assert link == f"{charts}&viewStateShareKey=r1pipe"
+        shared = json.loads(client_of(root).get_experiment("1").tags["mlflow.sharedViewState.r1pipe"])
+        assert shared["searchFilter"] == "tags.`r1pipe.pipeline` = 'laptop'"
+        first = [chart["metricKey"] for chart in shared["compareRunCharts"]][:2]
+        assert first == ["stages/pass_at_1", "eval/pass_at_1"]
         name = f"{socket.gethostname()}:{port}"
         asked = urllib.request.Request(
             f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search",

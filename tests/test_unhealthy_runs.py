@@ -98,7 +98,7 @@ def test_what_goes_wrong_around_the_policy(tmp_path, monkeypatch):
         return Score(1.0)
 
     judged_by(monkeypatch, constant)
-    accuracies = iter([0.5, 0.5, 0.4, 0.4, 0.4])
+    accuracies = iter([0.5, 0.5, 0.5, 0.4, 0.4, 0.4])
     monkeypatch.setattr(loop, "quick_evaluation", lambda *_: {"eval/pass_at_1": next(accuracies)})
 
     def growing(max_tokens: int, *rest: float, **where: int) -> SamplingParams:

@@ -16,6 +16,7 @@ from r1pipe.config import RunConfig
 from r1pipe.config.groups import GROUPS, with_stage
 from r1pipe.core import terminal
 from r1pipe.core.errors import R1pipeError
+from r1pipe.core.paths import RunFolder
 from r1pipe.runs import stopping
 
 app = typer.Typer(
@@ -138,6 +139,7 @@ def reproduce(overrides: Overrides = None) -> int:
     # a kill may have come between the last record and the page
     if outcome.worked or not page.exists() or page.stat().st_mtime_ns < newest:
         write_report(root, pipeline.finished_run_ids(config))
+        write_cards(root, finished[len(config.recipe.stages) - 1])
         tracking.add_report(config, page)
     last = finished[len(config.recipe.stages) - 1].path
     print(f"report       {page}  (open it in a browser)")
@@ -146,6 +148,15 @@ def reproduce(overrides: Overrides = None) -> int:
         store = without_login(tracking.store_uri(root, config.tracking.uri))
         print(f"MLflow       {store}  (r1pipe ui root={config.root})")
     return 0
+
+
+def write_cards(root: Path, last: RunFolder) -> None:
+    """Model card and data card of a recipe's last checkpoint, beside the report."""
+    from r1pipe.cli import cards
+    from r1pipe.runs import lineage
+
+    (root / "cards").mkdir(exist_ok=True)
+    cards.write(root / "cards", list(lineage.ancestors(lineage.checkpoint_of_run(last))))
 
 
 @app.command(name="config")

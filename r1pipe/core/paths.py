@@ -67,6 +67,8 @@ class RunFolder:
         self.slurm = self.path / "slurm.json"  # {"job": int, "code": int}: of the newest job; code at its end
         self.metrics = self.path / "metrics.jsonl"  # {"step": int, "time": s, name: number, ...}
         self.tripwires = self.path / "tripwires.jsonl"  # {"step": int, "name": str, "message": str}
+        # of the short evaluations: {"step": int, "metrics": {name: number}, "samples": [as in samples.json]}
+        self.dev_evaluations = self.path / "dev_evaluations.jsonl"
         self.timeline = self.path / "timeline.json"  # of a pipeline's last step (r1pipe.plan.timeline)
         self.progress = self.path / "progress.jsonl"  # {"what": str, "done": int, "total": int, "time": s}
         self.pid = self.path / "pid"  # the job's processes (r1pipe.runs.locks), while it runs

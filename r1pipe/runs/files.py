@@ -97,11 +97,11 @@ class Tail:
         return [row for row in rows if isinstance(row, dict)]
 
 
-# --- metrics.jsonl and tripwires.jsonl, read strictly: a resumed run continues them
+# --- metrics.jsonl, tripwires.jsonl and dev_evaluations.jsonl, read strictly: a resumed run continues them
 
 
 def metric_lines(path: Path, numbers_only: bool = True) -> list[tuple[bytes, Row]]:
-    """Each complete line of a metrics.jsonl and its row; `numbers_only` is false for a tripwires.jsonl.
+    """Each complete line of a metrics.jsonl and its row; `numbers_only` is false for the others.
 
     Raises CheckpointError naming a damaged line.
     """
@@ -145,8 +145,8 @@ def cut_metrics_after(path: Path, step: int) -> None:
     write_bytes(path, b"".join(line for line, _ in kept))
 
 
-def cut_tripwires_after(path: Path, step: int) -> None:
-    """Drop the lines of later steps from a tripwires.jsonl, which may have none or several for a step.
+def cut_lines_after(path: Path, step: int) -> None:
+    """Drop the lines of later steps from a file that may have none or several for a step.
 
     Raises CheckpointError naming a damaged line.
     """

@@ -46,7 +46,8 @@ def job_record(
     """The record of a finished job. `source_hash`: of the data source, where the result's `data_hash` is of
     samples drawn from it."""
     set_aside = folder.data / SET_ASIDE
-    paths = [folder.metrics, folder.tripwires, folder.samples, folder.completions]
+    paths = [folder.metrics, folder.tripwires, folder.dev_evaluations]
+    paths += [folder.samples, folder.completions]
     paths += [*folder.rollouts.glob("*"), *folder.data.glob("*")]
     # the dataset's hash is data_hash
     files = sorted(path for path in paths if path.is_file() and path != folder.dataset)

@@ -9,6 +9,7 @@ rebuild everything from the run folders, which are the source of truth.
     naming    config, record and metrics under the names that MLflow shows (pure)
     writer    writes one run folder into MLflow
     mirror    writes one run folder while its job runs, in a thread; `r1pipe sync`: those that MLflow lacks
+    view      the charts that it opens with (pure)
     ui        `r1pipe ui`: MLflow's pages
 """
 

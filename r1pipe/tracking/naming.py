@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,10 @@ from r1pipe.runs.results import COLUMNS
 
 PARAM_LENGTH = 6000  # MLflow's limit on a parameter's value
 TRIPWIRE = "tripwire."  # prefix of a run's tags for tripwires
+PIPELINE, STAGE = "pipeline", "stage"  # values of the tag r1pipe.kind
+SERIES = (  # of the pipeline's run, whose charts these are to be; all others come below
+    *("pass_at_1", "level_4", "length_mean", "reflection_rate", "format_rate", "general_score"),
+)
 HASHES = ("config_hash", "data_hash", "tokenizer_hash", "template_hash", "checkpoint_hash")
 
 
@@ -24,15 +28,16 @@ def flatten(config: dict) -> dict[str, str]:
     }
 
 
-def description(root: Path, rows: Iterable[dict]) -> str:
-    """A pipeline in Markdown: the table of its finished stages, and the commands that show more."""
+def description(root: Path, rows: Iterable[dict], story: Sequence[str] = ()) -> str:
+    """A pipeline in Markdown: its story, the table of its finished stages, and commands that show more."""
     lines = [f"| stage | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for row in rows:
         name = " ".join([row["stage"], *(f"{key}={value}" for key, value in row.get("settings", {}).items())])
         lines.append(f"| {name} | {' | '.join(value(row) for value in COLUMNS.values())} |")
     commands = ("compare", "report", "lineage CHECKPOINT")
     more = ", ".join(f"`r1pipe {command} root={root}`" for command in commands)
-    return "\n".join([*lines, "", f"Run folders: `{root}`; {more}"])
+    told = [*(f"- {sentence[0].upper()}{sentence[1:]}" for sentence in story), ""] if story else []
+    return "\n".join([*told, *lines, "", f"Run folders: `{root}`; {more}"])
 
 
 def points(line: dict) -> Iterator[tuple[str, float]]:
@@ -67,6 +72,12 @@ def final_metrics(record: Record) -> dict[str, float]:
         named[f"eval/pass_at_1_{name}"] = bound
     named["time/wall_s"] = record.get("wall_s")
     return {name: float(value) for name, value in named.items() if is_number(value)}
+
+
+def series(final: dict[str, float]) -> dict[str, float]:
+    """A stage's final metrics as points of the pipeline's run."""
+    short = {name.removeprefix("eval/"): value for name, value in final.items()}
+    return {f"stages/{'' if name in SERIES else 'more/'}{name}": value for name, value in short.items()}
 
 
 def is_number(value: object) -> bool:

@@ -15,12 +15,22 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from r1pipe.config import TrackingConfig
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.redaction import without_login
-from r1pipe.tracking.store import QUIET, artifact_folder, check_exists, is_server, prepare, store_uri
+from r1pipe.tracking import view
+from r1pipe.tracking.naming import PIPELINE
+from r1pipe.tracking.store import (
+    QUIET,
+    artifact_folder,
+    check_exists,
+    is_server,
+    matching,
+    prepare,
+    store_uri,
+)
 
 LOOPBACK = "127.0.0.1"
 EVERY_ADDRESS = "0.0.0.0"
@@ -67,7 +77,7 @@ def serve_ui(root: Path | str, tracking: TrackingConfig, port: int, host: str = 
                 last = log.read().strip().rpartition("\n")[2]
                 raise EnvironmentProblem(f"MLflow's server did not start: {last}")
             time.sleep(0.2)
-            page = runs_page(address, tracking.experiment)
+            page = comparison(address, tracking.experiment)
         print(f"MLflow's UI: {page} (Ctrl-C ends it)", flush=True)
         return process.wait()
 
@@ -109,17 +119,42 @@ def allowed(host: str, port: int) -> list[str]:
     return ["--allowed-hosts", ",".join(hosts), "--cors-allowed-origins", ",".join(origins)]
 
 
-def runs_page(address: str, experiment: str) -> str | None:
-    """The charts of the experiment's runs, or MLflow's welcome page where there is no such experiment; None
-    while the server does not answer."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+def comparison(address: str, experiment: str) -> str | None:
+    """The page that compares the stages of the newest reproduction, the charts that tell most first; MLflow's
+    welcome page where there is no such experiment; None while the server does not answer."""
     name = urllib.parse.quote(experiment)
     try:
-        query = f"{address}/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}"
-        with direct.open(query, timeout=ANSWER_S) as response:
-            number = json.load(response)["experiment"]["experiment_id"]
+        found = asked(address, f"experiments/get-by-name?experiment_name={name}")
     except urllib.error.HTTPError:
         return address
     except OSError:
         return None
-    return f"{address}/#/experiments/{number}/runs?compareRunsMode=CHART"
+    number = found["experiment"]["experiment_id"]
+    query = {
+        "experiment_ids": [number],
+        "filter": f"{matching('tags.`r1pipe.kind`', PIPELINE)} and metrics.`{view.SERIES[0]}` >= 0",
+        "order_by": ["attributes.start_time DESC"],
+        "max_results": 1,
+    }
+    charts = f"{address}/#/experiments/{number}/runs?compareRunsMode=CHART"
+    runs = asked(address, "runs/search", query).get("runs")
+    if not runs:
+        return charts
+    tags = {tag["key"]: tag["value"] for tag in runs[0]["data"]["tags"]}
+    search = matching("tags.`r1pipe.pipeline`", tags["r1pipe.pipeline"])
+    told = {"experiment_id": number, "key": view.TAG, "value": view.shared(search)}
+    try:
+        asked(address, "experiments/set-experiment-tag", told)
+    except urllib.error.HTTPError:  # a store that may only be read
+        return charts
+    return f"{charts}&viewStateShareKey={view.KEY}"
+
+
+def asked(address: str, call: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The answer of MLflow's REST interface. Raises OSError."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    content = None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{address}/api/2.0/mlflow/{call}", content, headers)
+    with direct.open(request, timeout=ANSWER_S) as response:
+        return json.load(response)

@@ -11,7 +11,9 @@ from r1pipe.core.paths import RunFolder, inside
 from r1pipe.runs import results
 from r1pipe.runs.files import Tail
 from r1pipe.runs.record import Record, read_record
+from r1pipe.runs.story import sentences
 from r1pipe.tracking import naming, store
+from r1pipe.tracking.naming import PIPELINE, STAGE
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -21,9 +23,8 @@ METRICS_PER_BATCH = 1000  # MLflow's limits
 PARAMS_PER_BATCH = 100
 MAX_RUNS = 50_000  # of one search
 DIGEST_LENGTH = 36
-PIPELINE, STAGE = "pipeline", "stage"  # values of the tag r1pipe.kind
 ROLLOUT_BYTES = 256 * 2**20  # the newest rollout files up to this size are copied; all stay in the run folder
-REPORT = "report.html"
+REPORT, CURVES, CARDS = "report.html", "curves.png", "cards"  # beside the run folders
 
 
 def search(client: "MlflowClient", experiment: str, **tags: str) -> "list[Run]":
@@ -55,11 +56,19 @@ def add_report(config: RunConfig, page: Path) -> None:
         experiment = client.get_experiment_by_name(config.tracking.experiment)
         parent = pipeline_run(client, experiment.experiment_id, config.pipeline, root) if experiment else None
         if parent:
-            client.log_artifact(parent, str(page))
+            log_report(client, parent, page.parent)
     except store.failures() as error:
         print(f"warning: MLflow does not take {page}: {store.first_line(error)}", file=sys.stderr)
     except EnvironmentProblem as error:
         print(f"warning: {error}", file=sys.stderr)
+
+
+def log_report(client: "MlflowClient", parent: str, root: Path) -> None:
+    """The report, its curves and the cards, those of them that exist."""
+    for path in filter(Path.exists, (root / REPORT, root / CURVES)):
+        client.log_artifact(parent, str(path))
+    for path in sorted((root / CARDS).glob("*.md")):
+        client.log_artifact(parent, str(path), CARDS)
 
 
 class RunWriter:
@@ -162,7 +171,7 @@ class RunWriter:
         record = read_record(folder.record) if folder.record.exists() else None
         address, ended_ms = None, None
         named = (folder.config, folder.env, folder.command, folder.evaluation, folder.samples, folder.record)
-        for path in (*named, folder.data / "funnel.json", folder.error):
+        for path in (*named, folder.dev_evaluations, folder.data / "funnel.json", folder.error):
             if path.exists():
                 self.client.log_artifact(self.run_id, str(path))
         room = ROLLOUT_BYTES
@@ -196,10 +205,8 @@ class RunWriter:
         stages = self.config["recipe"]["stages"]
         if record["stage"] in stages and not self.sweep:
             place = stages.index(record["stage"])
-            summary = [
-                Metric(f"stages/{name.removeprefix('eval/')}", value, ended_ms, place)
-                for name, value in final.items()
-            ]
+            points = naming.series(final).items()
+            summary = [Metric(name, value, ended_ms, place) for name, value in points]
             self.client.log_batch(self.parent_id, metrics=summary)
         inputs = []
         for name, digest, source, context in naming.datasets(self.config, record):
@@ -214,15 +221,16 @@ class RunWriter:
             folders = [run.folder for run in results.finished_runs(self.root)]
             of_sweeps = [folder for folder in folders if folder.sweep.exists()]
             names = [one.run_id for one in of_sweeps if one.sweep.read_text(encoding="utf-8") == self.sweep]
-            rows = results.rows(self.root, names) if names else []
+            rows, story = results.rows(self.root, names) if names else [], []
         else:
-            rows = results.rows(self.root, None, str(self.config["pipeline"]))
-        note = naming.description(self.root, rows)
+            runs = results.choose(self.root, None, str(self.config["pipeline"]))
+            rows, story = [results.row(run) for run in runs], sentences(runs)
+        note = naming.description(self.root, rows, story)
         self.client.set_tag(self.parent_id, "mlflow.note.content", note)
         self.client.log_text(self.parent_id, results.as_json(rows), "table.json")
         page = self.root / REPORT
         if page.exists() and record.exists() and page.stat().st_mtime_ns >= record.stat().st_mtime_ns:
-            self.client.log_artifact(self.parent_id, str(page))
+            log_report(self.client, self.parent_id, self.root)
 
     def _register(self, record: Record) -> str:
         """Register the checkpoint as a model version with the stage as alias; the weights are not copied."""

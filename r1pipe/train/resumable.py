@@ -18,7 +18,7 @@ from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder, content_dir
 from r1pipe.model.saving import write_pretrained
 from r1pipe.runs import checkpoints, heartbeat, locks, retention
-from r1pipe.runs.files import append_line, cut_metrics_after, cut_tripwires_after, metric_lines, write_json
+from r1pipe.runs.files import append_line, cut_lines_after, cut_metrics_after, metric_lines, write_json
 from r1pipe.train.engine.discovery import discover
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import Ranks
@@ -81,6 +81,15 @@ class Resumable(Generic[S]):
         """One line of tripwires.jsonl, which MLflow shows as the likely cause, and a warning."""
         self._append(self.folder.tripwires, {"step": step, "name": name, "message": message})
         self.warn(f"step {step}: {message}")
+
+    def note_dev(self, step: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
+        """One line of dev_evaluations.jsonl, unless a session that was killed has left it."""
+        if self.rank != 0:
+            return
+        path = self.folder.dev_evaluations
+        lines = metric_lines(path, numbers_only=False) if path.exists() else []
+        if all(row["step"] != step for _, row in lines):
+            append_line(path, {"step": step, "metrics": metrics, "samples": samples})
 
     def warn(self, text: str) -> None:
         """One line on the screen and in the log."""
@@ -231,7 +240,8 @@ class Resumable(Generic[S]):
         if self.rank == 0:
             try:
                 cut_metrics_after(self.folder.metrics, step)
-                cut_tripwires_after(self.folder.tripwires, step)
+                cut_lines_after(self.folder.tripwires, step)
+                cut_lines_after(self.folder.dev_evaluations, step)
             except CheckpointError as error:
                 problem = str(error)
             else:

@@ -85,7 +85,8 @@ class Saving:
         """Sync, and rename into place; returns a message if the disk is full. Logs and tables of the steps so
         far come first, as a resumed run does not write them again."""
         try:
-            for lines in filter(Path.exists, (self.folder.metrics, self.folder.tripwires)):
+            logs = self.folder.metrics, self.folder.tripwires, self.folder.dev_evaluations
+            for lines in filter(Path.exists, logs):
                 checkpoints.sync(lines)
             for table in tables(self.folder, self.durable + 1, step):
                 checkpoints.sync(table)

@@ -56,6 +56,7 @@ def both(one: Path, other: Path) -> list[str]:
         "checkpoints": checkpoints_apart(a.checkpoints, b.checkpoints),
         "metrics.jsonl": metrics_apart(a.metrics, b.metrics),
         "tripwires.jsonl": apart(tripped(a.tripwires), tripped(b.tripwires), "rows"),
+        "dev_evaluations.jsonl": apart(*map(lines_of, (a.dev_evaluations, b.dev_evaluations)), "rows"),
         "rollouts": tables_apart(a.rollouts, b.rollouts),
         "data": tables_apart(a.data, b.data),
         "samples.json": json_apart(a.samples, b.samples),
@@ -126,8 +127,11 @@ def metrics_apart(one: Path, other: Path) -> Iterator[str]:
 
 def tripped(path: Path) -> list[dict[str, Any]]:
     """The lines of what has tripped, but for what a clock says."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [row for row in map(json.loads, lines) if row["name"] != "slow_step"]
+    return [row for row in lines_of(path) if row["name"] != "slow_step"]
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def tables_apart(one: Path, other: Path) -> Iterator[str]:

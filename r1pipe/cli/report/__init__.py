@@ -2,6 +2,8 @@
 
 load       what run folders hold, missing parts allowed
 published  R1's published numbers, and our runs of the same benchmarks beside them
+story      what comes first: curves of reinforcement, one problem along the way, strategies
+charts     its curves and areas
 plots      what is drawn (matplotlib), as SVG that follows the page's colours, or PNG
 page       what the page says
 templates  how the pages look: the report, a lineage, and their style; whatever they show is escaped
@@ -14,6 +16,7 @@ from r1pipe.cli.report import published
 from r1pipe.cli.report.load import load_runs, other_runs
 from r1pipe.cli.report.page import page
 from r1pipe.cli.report.plots import write_curves
+from r1pipe.cli.report.story import picture
 from r1pipe.core.errors import CheckpointError, EnvironmentProblem
 from r1pipe.runs.files import write_text
 
@@ -38,7 +41,7 @@ def write_report(root: Path | str, runs: Sequence[str] | None = None, pipeline: 
     stages = [run for run in chosen if not run.measured] or measured
     text = page(stages, other_runs(root, chosen), published.beside(measured))
     try:
-        write_curves(stages, target.with_name("curves.png"))
+        write_curves(*picture(stages), target.with_name("curves.png"))
         write_text(target, text)
     except OSError as error:
         raise EnvironmentProblem(

@@ -39,10 +39,25 @@ class StageRun(StoredRun):
         lines = [line for line in Tail(self.folder.metrics).read() if isinstance(line.get("step"), int)]
         return sorted(lines, key=lambda line: line["step"])
 
+    @cached_property
+    def dev_evaluations(self) -> list[dict]:
+        """Lines of dev_evaluations.jsonl by step; [] of older runs."""
+        lines = [
+            line
+            for line in Tail(self.folder.dev_evaluations).read()
+            if isinstance(line.get("step"), int)
+            and isinstance(line.get("metrics"), dict)
+            and isinstance(line.get("samples"), list)
+        ]
+        return sorted(lines, key=lambda line: line["step"])
+
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one metric, where it was logged."""
-        lines = [line for line in self.metrics if isinstance(line.get(name), int | float)]
-        return [line["step"] for line in lines], [line[name] for line in lines]
+        """Steps and values of one metric, where it was logged; short evaluations before the first step and
+        after the last one count."""
+        known = {line["step"]: line["metrics"].get(name) for line in self.dev_evaluations}
+        known |= {line["step"]: line[name] for line in self.metrics if name in line}
+        values = {step: value for step, value in sorted(known.items()) if isinstance(value, int | float)}
+        return list(values), list(values.values())
 
     @cached_property
     def samples(self) -> list[dict]:

@@ -1,15 +1,17 @@
 """What the report says, made of the runs; templates/report.html says how it looks."""
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from r1pipe.cli.report import plots, published
+from r1pipe.cli.report import plots, published, story
 from r1pipe.cli.report.load import StageRun, cost
 from r1pipe.config.changes import decisive
 from r1pipe.core.formatting import duration, number, percent
+from r1pipe.runs.story import sentences
 
 Runs = Sequence[StageRun]
 MAIN_SETTINGS = (  # the others are in the page, too, but folded
@@ -24,12 +26,35 @@ MODEL_SIZES = {
     "n_routed_experts": "routed experts",
     "vocab_size": "tokens in the vocabulary",
 }
+LOSS = {"train/loss": ""}  # of supervised stages
+HEADLINE = {
+    "pass_at_1": "pass@1",
+    "level_4": "level 4",
+    "reflection_rate": "reflection",
+    "format_rate": "format",
+    "general_score": "general",
+}
 BARS = {  # key of a row -> title
     "by_task": "Held-out accuracy by task",
     "by_language": "Held-out accuracy by language",
     "general_by_kind": "General prompts by kind",
     "preference": "Preference and safety",
 }
+SECTIONS = {  # of the page, in order; one without content is left out
+    "story": "The story",
+    "stages": "Stages",
+    "training": "Training",
+    "bars": "By task, language and kind",
+    "benchmarks": "Benchmarks",
+    "reward_models": "Reward models",
+    "prompts": "The same prompt after every stage",
+    "funnels": "What rejection sampling kept",
+    "cost": "Time and cost",
+    "making": "How it was made",
+    "lineage": "Lineage",
+}
+ALWAYS = ("stages", "cost", "making", "lineage")
+PROMPTS = 12  # of those that were answered after every stage; samples.json has all
 SAMPLE_KEYS = ("task", "language", "question", "answer", "completion", "correct", "truncated")
 
 
@@ -57,8 +82,24 @@ def page(runs: Runs, others: Runs, benchmarks: Mapping[str, Sequence[published.L
     phases = dict.fromkeys(
         name for run in runs if run.record is not None for name in run.record.get("seconds") or {}
     )
+    parts = {
+        "story": tell(runs),
+        "training": training(runs),
+        "bars": bars(runs),
+        "benchmarks": benchmarks,
+        "reward_models": [
+            (run, kind, measures)
+            for run in runs
+            for kind, measures in (run.row["reward_models"] or {}).items()
+        ],
+        "prompts": prompts(runs),
+        "funnels": [run for run in runs if run.funnel],
+    }
     return render(
         "report.html",
+        **parts,
+        sections={id_: name for id_, name in SECTIONS.items() if id_ in ALWAYS or parts[id_]},
+        tokens_of=story.tokens_of,
         title=f"DeepSeek-R1’s recipe, reproduced: {', '.join(filter(None, recipes)) or 'stages'}",
         runs=runs,
         seeds=sorted({run.seed for run in runs}),
@@ -67,19 +108,9 @@ def page(runs: Runs, others: Runs, benchmarks: Mapping[str, Sequence[published.L
         settings=settings(runs),
         accuracy=plots.accuracy_panel(runs),
         counts={(run.row["problems"], run.row["samples"]) for run in runs if run.row.get("samples")},
-        training=training(runs),
         stage_colors={stage: n + 1 for stage, n in plots.stage_colors(runs).items()},
-        bars=bars(runs),
-        reward_models=[
-            (run, kind, measures)
-            for run in runs
-            for kind, measures in (run.row["reward_models"] or {}).items()
-        ],
-        prompts=prompts(runs),
-        benchmarks=benchmarks,
         published=published.tables(),
         title_of=published.title_of,
-        funnels=[run for run in runs if run.funnel],
         phases={name: n % 8 + 1 for n, name in enumerate(phases)},
         longest=max(run.wall_s for run in runs) or 1.0,
         others=others,
@@ -87,6 +118,18 @@ def page(runs: Runs, others: Runs, benchmarks: Mapping[str, Sequence[published.L
         folders=list(dict.fromkeys(str(run.folder.path.resolve().parent) for run in runs)),
         svg=plots.svg,
     )
+
+
+def tell(runs: Runs) -> dict[str, Any]:
+    """The story: sentences, charts and one problem; {} where nothing of it is known."""
+    lengths = story.lengths_panel(runs)
+    parts = {
+        "told": sentences(runs),
+        "curves": story.curve_panels(runs),
+        "problem": story.problem(runs),
+        "others": story.strategy_panels(runs) + ([lengths] if lengths else []),
+    }
+    return parts if any(parts.values()) else {}
 
 
 def headline(runs: Runs) -> dict[str, str]:
@@ -97,9 +140,10 @@ def headline(runs: Runs) -> dict[str, str]:
     measured = [run for run in recipe if run.row["pass_at_1"] is not None]
     if len(measured) > 1:
         first, last = measured[0], measured[-1]
-        for key, name in (("pass_at_1", "pass@1"), ("format_rate", "format"), ("general_score", "general")):
-            change = f"{percent(first.row[key])} → {percent(last.row[key])} %"
-            facts[f"{name}, {first.stage} to {last.stage}"] = change
+        for key, name in HEADLINE.items():
+            if first.row[key] is not None and last.row[key] is not None:
+                change = f"{percent(first.row[key])} → {percent(last.row[key])}\u00a0%"
+                facts[f"{name}, {first.stage} to {last.stage}"] = change
     return facts
 
 
@@ -178,8 +222,11 @@ def training(runs: Runs) -> dict[str, list[plots.Panel]]:
         if any(run.is_rl for run in of_stage[stage]):
             charts[stage] = plots.training_panels(of_stage[stage])
         elif any(run.series("train/loss")[0] for run in of_stage[stage]):
-            curves = plots.curves(of_stage[stage], {"train/loss": ""})
-            losses.append(plots.Panel(stage, curves, "loss, nats per token"))
+            curves, seen = (
+                plots.curves(of_stage[stage], LOSS),
+                plots.told(f"{stage}, loss", of_stage[stage], LOSS),
+            )
+            losses.append(plots.Panel(stage, curves, "loss, nats per token", summary=seen))
     return charts | ({"supervised stages": losses} if losses else {})
 
 
@@ -207,5 +254,5 @@ def prompts(runs: Runs) -> list[tuple[dict, list[tuple[StageRun, dict | None]]]]
     known = {prompt_id: sample for samples in by_run for prompt_id, sample in samples.items()}
     return [
         (prompt, [(run, samples.get(prompt_id)) for run, samples in zip(answering, by_run, strict=True)])
-        for prompt_id, prompt in known.items()
+        for prompt_id, prompt in islice(known.items(), PROMPTS)
     ]

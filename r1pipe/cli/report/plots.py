@@ -3,12 +3,14 @@
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from r1pipe.cli.report.load import StageRun
+from r1pipe.core.formatting import number, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +39,8 @@ class Panel:
     size: tuple[float, float] = (3.6, 2.2)  # inches; the page scales it to its column
     grid: Literal["both", "x", "y"] = "both"  # lines across "x", "y" or "both"
     labels: dict[str, int] = field(default_factory=dict)  # of what is drawn -> number of its colour, from 1
+    note: str = ""  # what it shows, in a few words
+    summary: str = ""  # what one sees in it, for who cannot
 
 
 # --- curves over training
@@ -67,8 +71,7 @@ def training_panels(runs: Sequence[StageRun]) -> list[Panel]:
             "tokens",
             {"completions/mean_length": "mean", "completions/max_length": "longest"},
         ),
-        ("Reflection", "words per response", {"completions/reflections": ""}),
-        ("Strategy", "% of responses", group("strategy")),
+        ("Words of reflection", "per response", {"completions/reflections": ""}),
         (
             "Cut off, no signal",
             "%",
@@ -87,8 +90,19 @@ def training_panels(runs: Sequence[StageRun]) -> list[Panel]:
         known = {name: label for name, label in metrics.items() if any(run.series(name)[0] for run in runs)}
         if known:
             labels = {label: n % HUES + 1 for n, label in enumerate(known.values()) if label}
-            panels.append(Panel(title, curves(runs, known), unit, labels=labels))
+            seen = told(title, runs, known)
+            panels.append(Panel(title, curves(runs, known), unit, labels=labels, summary=seen))
     return panels
+
+
+def told(title: str, runs: Sequence[StageRun], metrics: dict[str, str]) -> str:
+    """From what to what each of the curves goes, in words; of the first run."""
+    ends = []
+    for name, label in metrics.items():
+        _, values = runs[0].series(name)
+        if values:
+            ends.append(f"{label} from {number(values[0])} to {number(values[-1])}".strip())
+    return f"{title}: {'; '.join(ends)}"
 
 
 def curves(runs: Sequence[StageRun], metrics: dict[str, str]) -> Draw:
@@ -144,7 +158,14 @@ def accuracy_panel(runs: Sequence[StageRun]) -> Panel | None:
         axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1], ["0", "20", "40", "60", "80", "100"])
         axes.set_xlabel("pass@1 on held-out problems, %, 95% interval")
 
-    return Panel("", draw, size=(4.6, 0.7 + 0.3 * len(names)), grid="x") if names else None
+    told = [
+        f"{run.stage} {percent(run.row['pass_at_1'])}"
+        for run in shown
+        if run.seed == min(r.seed for r in shown)
+    ]
+    summary = f"pass@1 on held-out problems, in percent: {', '.join(told)}"
+    size = (4.6, 0.7 + 0.3 * len(names))
+    return Panel("", draw, size=size, grid="x", summary=summary) if names else None
 
 
 def stage_colors(runs: Sequence[StageRun]) -> dict[str, int]:
@@ -178,7 +199,16 @@ def bars_panel(runs: Sequence[StageRun], key: str, title: str) -> Panel | None:
         axes.set_xticks(range(len(entries)), [entry.replace("_", " ") for entry in entries])
         axes.set_ylim(0, 1)
 
-    return Panel(title, draw, "%", size=(4.2, 2.2), grid="y") if entries and stages else None
+    def told(entry: str) -> str:
+        known = [(stage, mean(stage, entry)) for stage in stages]
+        shares = [f"{stage} {percent(share)}" for stage, share in known if not math.isnan(share)]
+        return f"{entry.replace('_', ' ')}: {', '.join(shares)}"
+
+    if not entries or not stages:
+        return None
+    return Panel(
+        title, draw, "%", size=(4.2, 2.2), grid="y", summary=f"{title}, %. {'; '.join(map(told, entries))}"
+    )
 
 
 # --- to SVG and PNG
@@ -213,29 +243,26 @@ def svg(panel: Panel) -> str:
     return text
 
 
-def write_curves(runs: Sequence[StageRun], path: Path) -> None:
-    """The README's picture: accuracy of all stages, and the main curves of GRPO's training."""
+def write_curves(above: Sequence[Panel], below: Sequence[Panel], path: Path) -> None:
+    """The README's picture: the report's charts in two rows. Writes nothing where there is none."""
     from matplotlib import style
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    reinforced = [run for run in runs if run.stage == "grpo"] or [run for run in runs if run.is_rl]
-    reinforced = [run for run in reinforced if run.stage == reinforced[0].stage]
-    panels = training_panels(reinforced)[:4] if reinforced else []
-    accuracy = accuracy_panel(runs)
-    if not panels and accuracy is None:
+    rows = [row for row in (above, below) if row]
+    if not rows:
         return
-    rows = (len(panels) + 1) // 2  # of two curves
     with style.context(STYLE):
-        figure = Figure(figsize=(11, 3.2 + 2.6 * rows), layout="constrained", facecolor="white")
-        grid = figure.add_gridspec(1 + rows, 2)
-        if accuracy is not None:
-            axes = figure.add_subplot(grid[0, :])
-            _draw(axes, accuracy)
-            axes.set_title("Accuracy after every stage")
-        for n, panel in enumerate(panels):
-            axes = figure.add_subplot(grid[1 + n // 2, n % 2])
-            _draw(axes, panel)
-            axes.set_title(f"{panel.title} while {reinforced[0].stage} trains")
-            if panel.labels:
-                axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        figure = Figure(figsize=(12, 3.2 * len(rows)), layout="constrained", facecolor="white")
+        for subfigure, panels in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
+            subfigure.set_facecolor("white")
+            for axes, panel in zip(subfigure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+                _draw(axes, panel)
+                note = textwrap.wrap(panel.note, 36)
+                axes.set_title(panel.title, pad=6 + 11 * len(note))
+                above_axes = {"xycoords": "axes fraction", "textcoords": "offset points"}
+                axes.annotate("\n".join(note), (0, 1), (0, 4), color=MUTED, fontsize=8, **above_axes)
+                keys = [Patch(color=SERIES[n - 1], label=label) for label, n in panel.labels.items()]
+                if keys:
+                    axes.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4)
         figure.savefig(path, format="png", dpi=130)

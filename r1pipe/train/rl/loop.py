@@ -107,6 +107,8 @@ class RLTrainer:
             if self.reference and self.state.reference_step:
                 engine_folder = self.run.folder.checkpoint(self.saved) / checkpoints.ENGINE
                 self.reference.load(engine_folder / REFERENCE)
+        elif self.config.eval.every:  # what the steps are held against
+            quick_evaluation(self.run, self.engine, self.engine, 0)
         last = self.run.is_last(self.state.step, self.config.max_steps, self.engine)
         with closing(self.rollouts):
             while not last:
@@ -221,7 +223,7 @@ class RLTrainer:
             self.reference.replace_by(self.engine)
             state.reference_step = state.step
         if config.eval.every and state.step % config.eval.every == 0 and state.step < config.max_steps:
-            metrics |= quick_evaluation(self.run, self.engine, state.step)
+            metrics |= quick_evaluation(self.run, self.engine, self.engine, state.step)
         trips = self._log(state.step, rows, metrics, began)
         shown = {name: metrics[key] for name, key in ON_SCREEN.items() if key in metrics}
         self.run.progress("train", state.step, config.max_steps, "steps", **shown)

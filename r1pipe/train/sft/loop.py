@@ -174,7 +174,7 @@ def train(
         metrics = step_metrics(stats) | ({} if stats.broken else loss.terms(stats.loss))
         metrics["train/tokens_per_s"] = loss.tokens / (time.monotonic() - started)
         if stage.eval.every and step % stage.eval.every == 0 and step < total_steps:
-            metrics |= quick_evaluation(run, engine, step)
+            metrics |= quick_evaluation(run, engine, engine, step)
         run.log(step, metrics)
         run.progress("train", step, total_steps, "steps", **shown(metrics))
         run.check_saved(engine)

@@ -10,6 +10,7 @@ from r1pipe.runs.results import StoredRun, row
 
 Run = TypeVar("Run", bound=StoredRun)
 REINFORCED = ("grpo", "zero")  # the stages whose training the story tells
+NOISE = 0.01  # changes of a share that are not told
 ENDS = 3  # steps whose mean stands for a training's start, and for its end
 
 
@@ -53,7 +54,7 @@ def _of_stages(rows: Sequence[dict[str, Any]], key: str, what: str) -> str:
         return ""
     (first, before), (last, after) = known[0], known[-1]
     change = Change(before, after)
-    if change.verb() == "stays":
+    if change.verb() == "stays" or abs(after - before) < NOISE:
         return f"{what} stays at {percent(after)} % from {first} to {last}."
     return f"{what} {change.verb()} from {percent(before)} % ({first}) to {percent(after)} % ({last})."
 

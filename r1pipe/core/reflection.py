@@ -34,7 +34,8 @@ def corrections(text: str, checker: Mapping[str, Any] | None = None) -> list[Cor
     `checker`: a prompt's; where it has `numbers` and a `target`, tries count too: the first that misses, with
     the first later one that hits. A calculation that is right from the first, or never right, is none.
     """
-    numbers, target = (checker or {}).get("numbers"), (checker or {}).get("target")
+    known = checker or {}
+    given, target = sorted(known.get("numbers") or ()), known.get("target")
     wrong: dict[str, tuple[int, int]] = {}
     missed: tuple[int, int] | None = None
     found = []
@@ -45,12 +46,12 @@ def corrections(text: str, checker: Mapping[str, Any] | None = None) -> list[Cor
             wrong.setdefault(read.calculation, match.span())
         elif read.calculation in wrong:
             found.append(Correction(wrong.pop(read.calculation), match.span()))
-        if numbers and sorted(read.numbers) == sorted(numbers):
+        if given and sorted(read.numbers) == given:
             if read.true != target:
                 missed = missed or match.span()
             elif missed and is_right:
                 found.append(Correction(missed, match.span()))
-                numbers = None  # it has been found
+                given = []  # it has been found
     return found
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from r1pipe.core.formatting import number, percent
 from r1pipe.runs.files import Tail
@@ -10,21 +10,8 @@ from r1pipe.runs.results import StoredRun, row
 
 Run = TypeVar("Run", bound=StoredRun)
 REINFORCED = ("grpo", "zero")  # the stages whose training the story tells
-NOISE = 0.01  # changes of a share that are not told
+NOISE = 0.01  # a change of a share that is not told; nor is one by less than two hundredths of it
 ENDS = 3  # steps whose mean stands for a training's start, and for its end
-
-
-class Change(NamedTuple):
-    """A number before and after."""
-
-    before: float
-    after: float
-
-    def verb(self) -> str:
-        difference = self.after - self.before
-        return (
-            "stays" if abs(difference) < 0.02 * abs(self.before) else "rises" if difference > 0 else "falls"
-        )
 
 
 def first_seed(runs: Sequence[Run]) -> list[Run]:
@@ -53,10 +40,10 @@ def _of_stages(rows: Sequence[dict[str, Any]], key: str, what: str) -> str:
     if len(known) < 2:
         return ""
     (first, before), (last, after) = known[0], known[-1]
-    change = Change(before, after)
-    if change.verb() == "stays" or abs(after - before) < NOISE:
+    if abs(after - before) < max(NOISE, 0.02 * before):
         return f"{what} stays at {percent(after)} % from {first} to {last}."
-    return f"{what} {change.verb()} from {percent(before)} % ({first}) to {percent(after)} % ({last})."
+    verb = "rises" if after > before else "falls"
+    return f"{what} {verb} from {percent(before)} % ({first}) to {percent(after)} % ({last})."
 
 
 def _of_training(run: StoredRun) -> str:
@@ -71,8 +58,7 @@ def _of_training(run: StoredRun) -> str:
         values = [line[name] for line in lines if isinstance(line.get(name), int | float)]
         if len(values) > 1:
             n = min(ENDS, len(values) // 2)
-            change = Change(fmean(values[:n]), fmean(values[-n:]))
-            parts.append(f"{what} from {shown(change.before)} to {shown(change.after)}{unit}")
+            parts.append(f"{what} from {shown(fmean(values[:n]))} to {shown(fmean(values[-n:]))}{unit}")
     steps = max((line["step"] for line in lines if isinstance(line.get("step"), int)), default=0)
     return f"In {steps} steps {run.stage} takes {listed(parts)}." if parts else ""
 

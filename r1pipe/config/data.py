@@ -11,7 +11,7 @@ from r1pipe.core.errors import ConfigError
 ROW_KEYS = ("bad_rows", "max_bad_rows", "longest_row")  # never empty: only the command line can misplace them
 SOURCES = ("reasoning", "general", "preferences", "labels")
 USED = {  # data.kind -> the keys that it reads
-    "world": ("licence", "tasks", "languages", "levels", "unseen"),
+    "world": ("licence", "tasks", "languages", "levels", "unseen", "thorough"),
     "files": ("path", "licence", *SOURCES, "substitutions", *ROW_KEYS),
     "reasoning_gym": ("licence", "tasks"),
 }
@@ -21,7 +21,7 @@ WORLD: dict[str, tuple[str | int, ...]] = {
     "languages": ("en", "zh"),
     "levels": LEVELS,
 }
-STYLES = ("careful", "terse", "guess")
+STYLES = ("careful", "terse", "guess", "thorough")
 
 
 LayoutName = Literal[  # the keys of r1pipe.data.layouts.LAYOUTS
@@ -65,6 +65,7 @@ class DataConfig(Strict):
     substitutions: dict[str, str]  # files: texts to put in place of {{key}} in rows (identity data)
     licence: str | None = None  # of what is read or generated, for the record, e.g. MIT; null: unknown
     unseen: bool = False  # world: problems with names, things and wordings that are trained on nowhere else
+    thorough: bool = False  # world: some texts of the pre-training corpus go on after a try that missed
 
 
 def data_rules(data: DataConfig) -> Rules:

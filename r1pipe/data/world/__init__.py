@@ -35,6 +35,8 @@ class World(Source):
         settings = {key: value for key, value in asdict(config).items() if key not in IGNORED}
         if not config.unseen:  # nothing is trained on the other wordings
             del settings["unseen"]
+        if config.thorough:
+            del settings["thorough"]
         texts = b"".join((content_dir() / "world" / f"{name}.json").read_bytes() for name in TEXTS)
         identity = json.dumps([settings, seed, hashlib.sha256(texts).hexdigest()], sort_keys=True)
         self.hash = hashlib.sha256(identity.encode()).hexdigest()
@@ -155,7 +157,7 @@ class World(Source):
         return [truth.safety_label(self._general(rng, split, kinds[i % len(kinds)]), rng) for i in range(n)]
 
     def documents(self, seed: int) -> corpus.Documents:
-        return corpus.Documents(hash_of(self.seed, seed), self.config.levels)
+        return corpus.Documents(hash_of(self.seed, seed), self.config.thorough)
 
 
 def hash_of(*parts: object) -> int:

@@ -1,12 +1,13 @@
 """The pre-training corpus: it makes the base model mediocre, with room to improve.
 
 Worked solutions in several strategies, some wrong, some mixing languages, few in the right format; drills;
-parallel sentences; general text. How much of each: data/world/corpus.json.
+parallel sentences; general text. How much of each: data/world/corpus.json. Few (`thorough`) go on after a try
+that missed; `data.thorough=false` leaves those out, which is the experiment on where reflection comes from.
 """
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from r1pipe.data.world.content import LANGUAGES, choose, content, draw_until, in
 
 TASKS = {"word": word, "countdown": countdown, "program": program, judging.TASK: judging}
 SOURCE = "world"  # of every prompt and response, for the record
-Strategy = Literal["careful", "terse", "guess"]
+Strategy = Literal["careful", "terse", "guess", "thorough"]
 
 
 def draw_prompt(rng: random.Random, split: str, task: str, language: str, level: int = 0) -> Prompt:
@@ -48,17 +49,18 @@ def demonstration(prompt: Prompt, response: str, strategy: str = "") -> Demonstr
 def strategy_of(prompt: Prompt, text: str) -> Strategy | Literal["other"]:
     """Which strategy a response follows, from its text alone: reinforcement shifts their shares.
 
-    careful (one equation per step, a search in order), terse (steps joined) or guess (a result).
+    thorough (Countdown: more than one try is worked out), careful (one equation per step; one try), terse
+    (steps joined; a try without steps) or guess (a result).
     """
     reasoning = parse(text).reasoning or text
     if prompt.task == "word":
         equations = len(re.findall(r"\d=\d", reasoning))
         return "careful" if equations >= len(prompt.checker["steps"]) else "terse" if equations else "guess"
     if prompt.task == "countdown":
-        chained = re.findall(r"=\d+[+-]\d+=", reasoning)
-        if not chained:
-            return "terse"
-        return "careful" if re.search(r"^(Sort|排序)", reasoning) else "guess"
+        worked_out = re.findall(r"=-?\d+[+-]\d+=.*\?", reasoning)
+        if worked_out:
+            return "thorough" if len(worked_out) > 1 else "careful"
+        return "terse" if "?" in reasoning else "guess"
     if prompt.task == "program":
         return "careful" if len(re.findall(r"`[^`\n]+`", reasoning)) >= 2 else "terse"
     return "other"
@@ -67,14 +69,17 @@ def strategy_of(prompt: Prompt, text: str) -> Strategy | Literal["other"]:
 class Documents(Iterator[str]):
     """Endless documents of the train split, special tokens written out."""
 
-    def __init__(self, seed: int, levels: list[int]):
-        self._rng, self._levels = random.Random(f"{seed}/corpus"), levels
+    def __init__(self, seed: int, thorough: bool = True):
+        """`thorough`: whether some solutions go on after a try that missed."""
+        self._rng = random.Random(f"{seed}/corpus")
+        styles = content("corpus")["styles"]
+        self._styles = {style: share for style, share in styles.items() if thorough or style != "thorough"}
         self._makers = {"reasoning": _reasoning, "drill": _drill, "parallel": _parallel, "general": _general}
 
     def __next__(self) -> str:
         language = self._rng.choice(LANGUAGES)
         kind = choose(self._rng, content("corpus")["documents"])
-        return BOS + self._makers[kind](self._rng, language, self._levels) + EOS
+        return BOS + self._makers[kind](self._rng, language, self._styles) + EOS
 
     @property
     def state(self) -> tuple[Any, ...]:
@@ -86,29 +91,35 @@ class Documents(Iterator[str]):
         self._rng.setstate(state)
 
 
-def _reasoning(rng: random.Random, language: str, levels: list[int]) -> str:
+def _reasoning(rng: random.Random, language: str, styles: Mapping[str, float]) -> str:
+    """A worked solution; in plain text sometimes a page of exercises."""
     shares = content("corpus")
-    prompt = draw_prompt(rng, "train", choose(rng, shares["tasks"]), language, rng.choice(levels))
-    written = prompt
-    if rng.random() < shares["mixed_language"]:  # reasoning in the other language than the question's
-        written = replace(prompt, language=LANGUAGES[1 - index(language)])
-    reasoning, summary = TASKS[prompt.task].solve(written, choose(rng, shares["styles"]), rng, shares["slip"])
-    return _laid_out(rng, prompt, reasoning, summary)
+    layout = choose(rng, shares["layouts"])
+    several = layout == "text" and rng.random() < shares["exercises"]
+    solved = []
+    for _ in range(rng.randint(2, 4) if several else 1):
+        level = int(choose(rng, shares["levels"]))
+        prompt = draw_prompt(rng, "train", choose(rng, shares["tasks"]), language, level)
+        written = prompt
+        if rng.random() < shares["mixed_language"]:  # reasoning in the other language than the question's
+            written = replace(prompt, language=LANGUAGES[1 - index(language)])
+        reasoning, summary = TASKS[prompt.task].solve(written, choose(rng, styles), rng, shares["slip"])
+        solved.append(_laid_out(layout, prompt, reasoning, summary))
+    return "\n".join(solved)
 
 
-def _general(rng: random.Random, language: str, levels: list[int]) -> str:
+def _general(rng: random.Random, language: str, styles: Mapping[str, float]) -> str:
     shares = content("corpus")
     kind = choose(rng, shares["kinds"])
     if kind == "facts" and rng.random() < shares["statements"]:
         return _statements(rng, language)
     prompt = draw_prompt(rng, "train", kind, language)
     thought, answer = general.respond(prompt, rng, shares["general_right"], shares["written_manner"])
-    return _laid_out(rng, prompt, thought, answer)
+    return _laid_out(choose(rng, shares["layouts"]), prompt, thought, answer)
 
 
-def _laid_out(rng: random.Random, prompt: Prompt, reasoning: str, summary: str) -> str:
-    """In one of several layouts; one in five has the think tags that R1's format asks for."""
-    layout = choose(rng, content("corpus")["layouts"])
+def _laid_out(layout: str, prompt: Prompt, reasoning: str, summary: str) -> str:
+    """In a layout of the corpus; only one, `tags`, has the think tags that R1's format asks for."""
     if layout == "tags":
         answer = compose_response(reasoning, summary)
     else:
@@ -129,11 +140,11 @@ def _statements(rng: random.Random, language: str) -> str:
     return ("" if at else " ").join(statements)
 
 
-def _drill(rng: random.Random, language: str, levels: list[int]) -> str:
-    """Bare arithmetic and sorting."""
+def _drill(rng: random.Random, language: str, styles: Mapping[str, float]) -> str:
+    """Bare arithmetic, sorting, and single tries of Countdown."""
     lines = []
     for _ in range(8):
-        kind = rng.randrange(5)
+        kind = rng.randrange(6)
         a, b = rng.randint(1, 199), rng.randint(1, 60)
         if kind == 0:
             lines.append(f"{a}+{b}={a + b}")
@@ -144,6 +155,8 @@ def _drill(rng: random.Random, language: str, levels: list[int]) -> str:
         elif kind == 3:
             k = b % 4 + 2
             lines.append(f"{a // k * k}/{k}={a // k}")
+        elif kind == 4:
+            lines.append(countdown.drill(rng, index(language)))
         else:
             numbers = [rng.randint(1, 60) for _ in range(rng.randint(3, 5))]
             ordered = sorted(numbers, reverse=True)
@@ -151,7 +164,7 @@ def _drill(rng: random.Random, language: str, levels: list[int]) -> str:
     return "\n".join(lines)
 
 
-def _parallel(rng: random.Random, language: str, levels: list[int]) -> str:
+def _parallel(rng: random.Random, language: str, styles: Mapping[str, float]) -> str:
     """Sentences in both languages; those of held-out translations are never shown."""
     lines: list[str] = []
     while len(lines) < 4:

@@ -1,7 +1,7 @@
 """Countdown: make a target from given numbers with + and -, each number used once, by search.
 
 Sample (level 2, en): "Use 9, 25, 3 and 14 to make 17."
-careful: "Sort 25 14 9 3.\\n25+14=39+9=48+3=51?17 no\\n…\\n25-14=11+9=20-3=17?17 yes"
+thorough: "Sort 25 14 9 3.\\n25+14=39+9=48+3=51?17 no\\n…\\n25-14=11+9=20-3=17?17 yes"
 -> "The answer is 25-14+9-3."
 Every try restates the target: that is what lets a small model tell success from failure.
 """
@@ -48,39 +48,61 @@ def make(rng: random.Random, language: str, level: int) -> Prompt:
 
 
 def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tuple[str, str]:
-    """(reasoning, summary): careful searches in order, terse tries a few without steps, guess one or two."""
+    """(reasoning, summary): thorough tries in order until one is right, careful works out one try and gives up
+    where it misses, terse tries once without steps, guess tries nothing."""
     at = index(prompt.language)
     numbers = sorted(prompt.checker["numbers"], reverse=True)
     target = prompt.checker["target"]
     order = patterns(len(numbers))
+    signs = rng.choice(order)
     if strategy == "guess":
-        order = rng.sample(order, min(len(order), rng.randint(1, 2)))
-    elif strategy == "terse":
-        order = rng.sample(order, min(len(order), rng.randint(2, 3)))
-    lines = []
-    if strategy == "careful":
-        lines.append(("Sort ", "排序")[at] + " ".join(map(str, numbers)) + (".", "。")[at])
-    for signs in order:
-        if strategy == "terse":
-            result = value(numbers, signs)
-            if rng.random() < 0.35:
-                result += rng.choice([-10, -2, -1, 1, 2, 10])
-            shown = f"{expression(numbers, signs)}={result}"
-        else:  # step by step; slips carry over
-            result = numbers[0]
-            shown = str(result)
-            for n, s in zip(numbers[1:], signs, strict=True):
-                result += n * s
-                if rng.random() < slip:
-                    result += rng.choice([-10, -1, 1, 10])
-                shown += f"{'+' if s > 0 else '-'}{n}={result}"
+        shown = expression(numbers, signs)
+        return (f"I think of {shown}.", f"我想是{shown}。")[at], summary(prompt.language, shown)
+    lines, hit = [], False
+    if strategy == "terse":
+        result = value(numbers, signs)
+        if rng.random() < 0.35:
+            result += rng.choice([-10, -2, -1, 1, 2, 10])
         hit = result == target
-        lines.append(f"{shown}?{target} " + (("yes", "no"), ("对", "错"))[at][not hit])
-        if hit:
-            break
+        lines.append(f"{expression(numbers, signs)}={result}?{target} {verdict(hit, at)}")
     else:
+        lines.append(("Sort ", "排序")[at] + " ".join(map(str, numbers)) + (".", "。")[at])
+        for signs in order if strategy == "thorough" else [signs]:
+            shown, result = work_out(numbers, signs, rng, slip)
+            hit = result == target
+            lines.append(f"{shown}?{target} {verdict(hit, at)}")
+            if hit:
+                break
+    if not hit:
         lines.append(("I give up.", "我放弃。")[at])
     return "\n".join(lines), summary(prompt.language, expression(numbers, signs))
+
+
+def work_out(
+    numbers: list[int], signs: tuple[int, ...], rng: random.Random, slip: float
+) -> tuple[str, int]:
+    """A try step by step ("25-14=11+9=20") and its result; slips carry over."""
+    result = numbers[0]
+    shown = str(result)
+    for n, s in zip(numbers[1:], signs, strict=True):
+        result += n * s
+        if rng.random() < slip:
+            result += rng.choice([-10, -1, 1, 10])
+        shown += f"{'+' if s > 0 else '-'}{n}={result}"
+    return shown, result
+
+
+def verdict(hit: bool, at: int) -> str:
+    """In the language with this index."""
+    return (("no", "yes"), ("错", "对"))[at][hit]
+
+
+def drill(rng: random.Random, at: int) -> str:
+    """One try with its verdict, right in two of five."""
+    numbers = sorted((rng.randint(1, 60) for _ in range(rng.randint(3, 5))), reverse=True)
+    shown, result = work_out(numbers, rng.choice(patterns(len(numbers))), rng, 0.0)
+    target = result if rng.random() < 0.4 else max(1, result + rng.choice([-10, -6, -4, -2, 2, 4, 6, 10]))
+    return f"{shown}?{target} {verdict(result == target, at)}"
 
 
 def is_right(prompt: Prompt, written: str) -> bool:

@@ -57,7 +57,7 @@ def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tup
     label = prompt.answer
     if rng.random() < slip:
         label = rng.choice([other for other in prompt.checker["labels"] if other != label])
-    return prompt.checker["thought"] if strategy == "careful" else "I see.", f"[[{label}]]"
+    return prompt.checker["thought"] if strategy in ("careful", "thorough") else "I see.", f"[[{label}]]"
 
 
 def is_right(prompt: Prompt, summary: str) -> bool:

@@ -95,10 +95,10 @@ def expressions(steps: list[list], parentheses: bool = True) -> list[str]:
 
 
 def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tuple[str, str]:
-    """(reasoning, summary): careful writes each step's expression; others forget parentheses or a step."""
+    """(reasoning, summary): careful and thorough write each step's expression; others forget parentheses or a step."""
     at, steps = index(prompt.language), prompt.checker["steps"]
     variable = "xs" if steps[-1][0] in _REDUCERS else "x"
-    if strategy == "careful":
+    if strategy in ("careful", "thorough"):
         written = [
             [op, n + rng.choice([-1, 1])] if rng.random() < slip and n > 2 else [op, n] for op, n in steps
         ]

@@ -3,7 +3,7 @@
 R1 collected thousands of them by prompting, from R1-Zero's outputs and by hand; here the data source writes
 them (the bundled world) or brings them (files). The loss covers responses only, and packing leaks nothing.
 
-control_sft is the same on careful, correct solutions alone, for about as long as reinforcement takes. It is
+control_sft is the same on thorough, correct solutions alone, for about as long as reinforcement takes. It is
 not a stage of R1: it shows what good data could have taught in the same time. It draws other solutions.
 
     r1pipe run stage=cold_start

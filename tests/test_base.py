@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_runs import load_stage
 
+from r1pipe.cli.bundle import CURVE_POINTS
 from r1pipe.config import ParentRef, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.core.paths import content_dir
@@ -20,22 +21,24 @@ from r1pipe.train.loading import load_model
 BASE = content_dir() / "base"
 RECORD = json.loads((BASE / "record.json").read_text(encoding="utf-8"))
 CURVE = [json.loads(line) for line in (BASE / "curve.jsonl").read_text(encoding="utf-8").splitlines()]
-STEPS = 21  # of the warm-up, which does not depend on how many follow; the curve's second point
+EVERY = max(1, RECORD["steps"] // CURVE_POINTS)  # steps from one point of the curve to the next
+STEPS = EVERY + 1  # of the warm-up, which does not depend on how many follow; the curve's second point
+PRECISION = f"engine.precision={RECORD['config']['engine']['precision']}"
 
 
 def test_base_is_what_its_record_says():
     checkpoints.verify(BASE, RECORD["checkpoint_hash"])
     config = compose(["recipe=laptop", "stage=pretrain", f"seed={RECORD['seed']}"]).config
-    assert RECORD["steps"] == config.stage.max_steps == CURVE[-1]["step"] + (RECORD["steps"] - 1) % 20
+    assert RECORD["steps"] == config.stage.max_steps == CURVE[-1]["step"] + (RECORD["steps"] - 1) % EVERY
     assert open_data(config.data, config.seed).hash == RECORD["data_hash"]
     assert RECORD["metrics"]["format_rate"] < 0.3
 
 
 def test_retraining_gives_the_same_curve(tmp_path):
-    """The first steps of `make pretrain`, on one rank instead of two: the same sums in another order."""
+    """The first steps of `make pretrain`, in the precision that it took; sums may come in another order."""
     short = f"stage.max_steps={STEPS} stage.eval.problems=2 stage.eval.samples=1 stage.eval.general=0"
     quick = "stage.eval.greedy=false stage.eval.max_tokens=4 stage.eval.shown=1 engine.ranks=1"
-    config = compose(["recipe=laptop", "stage=pretrain", *short.split(), *quick.split()]).config
+    config = compose(["recipe=laptop", "stage=pretrain", PRECISION, *short.split(), *quick.split()]).config
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(to_mapping(replace(config, weights_from=None))))

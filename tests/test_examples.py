@@ -1,16 +1,21 @@
-"""docs/kubernetes.yaml and docs/skypilot.yaml: their commands and hostfiles, and what their readers say."""
+"""The examples in docs/: kubernetes.yaml and skypilot.yaml (their commands and hostfiles, and what their readers say),
+and one_cause.py (what each cause changes)."""
 
+import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
-from r1pipe.config import EngineConfig
+from r1pipe.config import EngineConfig, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.runs import hosts
 
@@ -63,6 +68,65 @@ def test_skypilot_writes_the_hostfile_that_its_command_reads(tmp_path: Path) -> 
     slots = hosts.slots_of(str(tmp_path / engine.hostfile))
     assert slots == {"10.0.0.1": engine.ranks, "10.0.0.2": engine.ranks}
     assert task["num_nodes"] == len(slots)
+
+
+def flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in mapping.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+@pytest.fixture
+def one_cause(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What docs/one_cause.py runs for a cause: stage -> its whole config, flat."""
+
+    def stages(cause: str, *overrides: str) -> dict[str, dict[str, Any]]:
+        commands: list[list[str]] = []
+
+        def record(line: list[str], **_: object) -> SimpleNamespace:
+            commands.append([str(word) for word in line[1:]])
+            return SimpleNamespace(stdout=json.dumps([ROW]))
+
+        monkeypatch.setattr(subprocess, "run", record)
+        runpy.run_path(str(DOCS / "one_cause.py"))["main"](cause, *overrides)
+        assert commands.pop()[:2] == ["compare", "--json"]
+        assert {line[0] for line in commands} == {"run"}
+        configs = [compose(line[1:]).config for line in commands]
+        return {config.stage.name: flat(to_mapping(config)) for config in configs}
+
+    return stages
+
+
+ROW = {"stage": "grpo", "pass_at_1": 0.7, "length_mean": 86.2, "reflection_rate": 0.26, "level_4": 0.1}
+SAME = {"pipeline", "parent"}
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        ("length", {"grpo": {"stage.sampling.max_tokens"}}),
+        ("reflection", dict.fromkeys(("base", "cold_start", "grpo"), {"data.thorough"})),
+    ],
+)
+def test_a_cause_changes_one_thing(
+    one_cause: Any, capsys: pytest.CaptureFixture, cause: str, expected: dict[str, set[str]]
+) -> None:
+    usual, other = one_cause("nothing", "seed=3"), one_cause(cause, "seed=3")
+    assert list(usual) == ["base", "cold_start", "grpo"] and set(usual) <= set(other)
+    assert {config["seed"] for config in (usual | other).values()} == {3}
+    for stage, config in usual.items():
+        changed = {key for key in config if config[key] != other[stage][key]} - SAME
+        assert changed == expected.get(stage, set()), stage
+    assert "grpo           70.0%      86     26.0%    10.0%" in capsys.readouterr().out
+
+
+def test_without_a_cause_it_says_which_there_are() -> None:
+    done = subprocess.run(
+        [sys.executable, DOCS / "one_cause.py", "lenght"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "python docs/one_cause.py length" in done.stderr
+    assert len((DOCS / "one_cause.py").read_text().splitlines()) <= 60
 
 
 @pytest.mark.slow

@@ -293,4 +293,8 @@ def test_what_the_evaluation_asks_is_known_to_the_filters(sampled, chat):
         config = run.stage.eval
     asked = {prompt.question for prompt in source.prompts(config.split, config.problems, HELD_OUT)}
     asked |= {prompt.question for prompt in source.prompts("dev", config.every_problems, HELD_OUT)}
+    for split, count in ((config.split, config.harder), ("dev", min(config.harder, config.every_problems))):
+        harder = {prompt.question for prompt in source.harder_prompts(split, count, HELD_OUT)}
+        assert len(harder) == count > 0 and not harder & asked
+        asked |= harder
     assert set(questions) == asked

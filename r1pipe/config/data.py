@@ -65,7 +65,7 @@ class DataConfig(Strict):
     substitutions: dict[str, str]  # files: texts to put in place of {{key}} in rows (identity data)
     licence: str | None = None  # of what is read or generated, for the record, e.g. MIT; null: unknown
     unseen: bool = False  # world: problems with names, things and wordings that are trained on nowhere else
-    thorough: bool = False  # world: some texts of the pre-training corpus go on after a try that missed
+    thorough: bool = False  # world: some solutions that are learned from go on after a try that missed
 
 
 def data_rules(data: DataConfig) -> Rules:

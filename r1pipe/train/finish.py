@@ -80,7 +80,7 @@ def measure(
             run, ranks, prompts, general_prompts, config, not quick, harder, context=room, folder=folder
         )
     if not quick:
-        note_evaluated(run, prompts, general_prompts)
+        note_evaluated(run, [*prompts, *harder], general_prompts)
         if said := identity.measure(run, ranks, config):
             evaluation.metrics["identity"] = said
     measured: Metrics = {"data": run.config.data.name, "split": config.split, "too_long": too_long}

@@ -96,7 +96,7 @@ class World(Source):
     ) -> list[Demonstration]:
         """n worked solutions to train prompts, each in one language and in the right format."""
         rng, shares = self._rng("traces", seed), content("corpus")
-        mix = styles or shares["styles"]
+        mix = styles or corpus.styles_of(self.config.thorough)
         blocks = (self.prompts("train", 512, hash_of(seed, block)) for block in itertools.count())
         prompts = itertools.chain.from_iterable(blocks)
 

@@ -66,14 +66,17 @@ def strategy_of(prompt: Prompt, text: str) -> Strategy | Literal["other"]:
     return "other"
 
 
+def styles_of(thorough: bool) -> dict[str, float]:
+    """The shares of the strategies; `thorough`: whether some go on after a try that missed."""
+    styles = content("corpus")["styles"]
+    return {style: share for style, share in styles.items() if thorough or style != "thorough"}
+
+
 class Documents(Iterator[str]):
     """Endless documents of the train split, special tokens written out."""
 
     def __init__(self, seed: int, thorough: bool = True):
-        """`thorough`: whether some solutions go on after a try that missed."""
-        self._rng = random.Random(f"{seed}/corpus")
-        styles = content("corpus")["styles"]
-        self._styles = {style: share for style, share in styles.items() if thorough or style != "thorough"}
+        self._rng, self._styles = random.Random(f"{seed}/corpus"), styles_of(thorough)
         self._makers = {"reasoning": _reasoning, "drill": _drill, "parallel": _parallel, "general": _general}
 
     def __next__(self) -> str:

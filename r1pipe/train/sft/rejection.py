@@ -99,11 +99,8 @@ def _draw(
 def evaluation_questions(run: Run[Any], context: int) -> list[str]:
     """All questions of this pipeline's evaluations, so that none is trained on."""
     final = run.stage.eval
-    return [
-        user_text(prompt)
-        for config in (final, evaluate.short(final))
-        for prompt in held_out(run, context, config).reasoning
-    ]
+    asked = [held_out(run, context, config) for config in (final, evaluate.short(final))]
+    return [user_text(prompt) for each in asked for prompt in (*each.reasoning, *each.harder)]
 
 
 def drawn_in_order(shards: Sequence[Path], each: int) -> list[Sampled]:

@@ -2,10 +2,10 @@
 
     python docs/one_cause.py nothing       # base, cold start and GRPO as they are: five minutes on two cores
     python docs/one_cause.py length        # GRPO may think for 64 tokens, not 352
-    python docs/one_cause.py reflection    # no text goes on after a try that missed; trains a base: 40 minutes
+    python docs/one_cause.py reflection    # no text goes on after a try that missed; 35 minutes
 
-Further arguments are overrides of every stage, such as seed=1. Each cause is a pipeline of its own, so a command that
-is interrupted goes on where it was. The last lines say what the three stages do on held-out problems.
+Further arguments are overrides of every stage, such as seed=1. Each cause is a pipeline of its own, so an
+interrupted command goes on where it was. The last lines say what the three stages do on held-out problems.
 """
 
 import json

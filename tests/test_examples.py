@@ -1,5 +1,5 @@
-"""The examples in docs/: kubernetes.yaml and skypilot.yaml (their commands and hostfiles, and what their readers say),
-and one_cause.py (what each cause changes)."""
+"""The examples in docs/: kubernetes.yaml and skypilot.yaml (their commands, hostfiles, and what their readers
+say), and one_cause.py (what each cause changes)."""
 
 import json
 import os
@@ -106,7 +106,7 @@ SAME = {"pipeline", "parent"}
     ("cause", "expected"),
     [
         ("length", {"grpo": {"stage.sampling.max_tokens"}}),
-        ("reflection", dict.fromkeys(("base", "cold_start", "grpo"), {"data.thorough"})),
+        ("reflection", {stage: {"data.thorough"} for stage in ("base", "cold_start", "grpo")}),
     ],
 )
 def test_a_cause_changes_one_thing(

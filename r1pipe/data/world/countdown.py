@@ -48,13 +48,13 @@ def make(rng: random.Random, language: str, level: int) -> Prompt:
 
 
 def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tuple[str, str]:
-    """(reasoning, summary): thorough tries in order until one is right, careful works out one try and gives up
-    where it misses, terse tries once without steps, guess tries nothing."""
+    """(reasoning, summary): thorough tries in order until one is right, careful works out one try and gives
+    up where it misses, terse tries once without steps, guess tries nothing."""
     at = index(prompt.language)
     numbers = sorted(prompt.checker["numbers"], reverse=True)
     target = prompt.checker["target"]
     order = patterns(len(numbers))
-    signs = rng.choice(order)
+    only = signs = rng.choice(order)  # the one try of those who try once
     if strategy == "guess":
         shown = expression(numbers, signs)
         return (f"I think of {shown}.", f"我想是{shown}。")[at], summary(prompt.language, shown)
@@ -67,7 +67,7 @@ def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tup
         lines.append(f"{expression(numbers, signs)}={result}?{target} {verdict(hit, at)}")
     else:
         lines.append(("Sort ", "排序")[at] + " ".join(map(str, numbers)) + (".", "。")[at])
-        for signs in order if strategy == "thorough" else [signs]:
+        for signs in order if strategy == "thorough" else [only]:
             shown, result = work_out(numbers, signs, rng, slip)
             hit = result == target
             lines.append(f"{shown}?{target} {verdict(hit, at)}")
@@ -78,9 +78,7 @@ def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tup
     return "\n".join(lines), summary(prompt.language, expression(numbers, signs))
 
 
-def work_out(
-    numbers: list[int], signs: tuple[int, ...], rng: random.Random, slip: float
-) -> tuple[str, int]:
+def work_out(numbers: list[int], signs: tuple[int, ...], rng: random.Random, slip: float) -> tuple[str, int]:
     """A try step by step ("25-14=11+9=20") and its result; slips carry over."""
     result = numbers[0]
     shown = str(result)

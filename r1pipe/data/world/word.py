@@ -155,7 +155,7 @@ def summary(language: str, answer: object) -> str:
 
 
 def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tuple[str, str]:
-    """(reasoning, summary) in a strategy (thorough is careful here); `slip`: chance of an error per equation."""
+    """(reasoning, summary) in a strategy (thorough is careful here); `slip`: chance of a wrong equation."""
     steps = [_Step(*row[:4]) for row in prompt.checker["steps"]]
     at = index(prompt.language)
     if strategy == "guess":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from r1pipe.core import python_source
 from r1pipe.core.errors import ConfigError, nearest
 from r1pipe.core.redaction import without_login
 
@@ -105,7 +106,7 @@ def names_in(path: str, source: bytes) -> set[str]:
     """The public names that a Python file defines or imports at its top level, without what it imports of
     r1pipe, such as the reward `accuracy` to build on. Raises ConfigError."""
     try:
-        body = ast.parse(source).body
+        body = python_source.parse(source).body
     except (SyntaxError, ValueError) as error:  # ValueError: a NUL
         line = getattr(error, "lineno", None) or 1
         raise ConfigError(f"stage.rewards.plugins: {path}:{line}: {error.args[0]}; correct it") from None

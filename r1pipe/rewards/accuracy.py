@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from r1pipe.chat.template import THINK, parse
+from r1pipe.core import python_source
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import CURATED, GENERAL_TASKS, Completion, Prompt, Score, Status
 from r1pipe.rewards import drop, symbolic
@@ -74,7 +75,7 @@ def _parse_expression(text: str) -> ast.Expression | None:
     if len(text) > _MAX_EXPRESSION or not re.fullmatch(r"[\d\s+*()-]+", text):
         return None
     try:
-        tree = ast.parse(text, mode="eval")
+        tree = python_source.parse_expression(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     nodes = (ast.Expression, ast.BinOp, ast.Constant, *_OPERATORS)

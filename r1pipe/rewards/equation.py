@@ -12,6 +12,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from r1pipe.chat.template import parse
+from r1pipe.core import python_source
 from r1pipe.core.types import Completion, Prompt, Score
 
 LONGEST = 200  # characters of an expression; of a longer one, the last
@@ -74,7 +75,7 @@ def value_of(expression: str) -> Fraction | None:
     if "**" in text or "//" in text:
         return None
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        tree = python_source.parse_expression(text.strip()).body
         return _value(tree) if isinstance(tree, ast.BinOp) else None
     except (SyntaxError, ValueError, ZeroDivisionError):
         return None

@@ -1,11 +1,11 @@
 """What a gold answer is: its form, decided once, by which answers are found and compared."""
 
-import ast
 import re
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 
+from r1pipe.core import python_source
 from r1pipe.core.errors import DataError, nearest
 from r1pipe.rewards.answers import vocabulary, words
 from r1pipe.rewards.answers.notation import UNREADABLE, tidy, to_latex
@@ -103,7 +103,7 @@ def read_gold(text: str, form: str = "", options: Options = ()) -> Gold:
 def _alternatives(text: str) -> list[str]:
     """A list of strings that a file holds as text: '["Nelson", "Horatio Nelson"]'."""
     try:
-        several = ast.literal_eval(text.strip()) if text.lstrip().startswith(('["', "['")) else []
+        several = python_source.literal(text) if text.lstrip().startswith(('["', "['")) else []
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return []
     return several if isinstance(several, list) and all(isinstance(each, str) for each in several) else []

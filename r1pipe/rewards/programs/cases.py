@@ -5,7 +5,6 @@ programs  [[standard input, standard output], ...]
 asserts   Python text, or [assert line, ...]
 """
 
-import ast
 import base64
 import binascii
 import json
@@ -14,6 +13,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from r1pipe.core import python_source
 from r1pipe.core.errors import DataError
 
 MAX_BYTES = 256 << 20  # of LiveCodeBench's private tests, unpacked
@@ -63,7 +63,7 @@ def loaded(value: Any) -> Any:
     except (ValueError, RecursionError):
         pass
     try:
-        return ast.literal_eval(value.strip())
+        return python_source.literal(value)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return value
 

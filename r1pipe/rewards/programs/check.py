@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from r1pipe.core import python_source
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Prompt, Score
 from r1pipe.rewards.programs import sandbox
@@ -62,7 +63,7 @@ def vote_of_program(task: Mapping[str, Any], summary: str) -> str:
     """One spelling for programs that differ only in layout and comments, for voting; "" for none."""
     entry_point = task.get("entry_point", "")
     program = find_function(summary, entry_point) if entry_point else find_script(summary)
-    return unparsed(ast.parse(program), program) if program else ""
+    return unparsed(python_source.parse(program), program) if program else ""
 
 
 def unparsed(tree: ast.AST, text: str) -> str:

@@ -22,6 +22,7 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from r1pipe.core import python_source
 from r1pipe.rewards.programs.tasks import parsed
 
 _FENCE = re.compile(r"^([^`~\n]*)(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^`\n]*$")
@@ -238,7 +239,7 @@ def _plain(text: str) -> str | None:
 def _fault_line(text: str) -> int | None:
     """The line (from 1) where a text stops being Python; None where it is Python."""
     try:
-        return None if ast.parse(text).body else 1
+        return None if python_source.parse(text).body else 1
     except SyntaxError as error:
         return error.lineno or 1
     except (ValueError, RecursionError, MemoryError):

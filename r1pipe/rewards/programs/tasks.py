@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from r1pipe.core import python_source
 from r1pipe.core.errors import DataError
 from r1pipe.rewards.programs.cases import Cases, join_cases, loaded, read_cases, unpacked
 
@@ -80,7 +81,7 @@ def kind_of(tests: Any) -> str:
 def parsed(text: str) -> list[ast.stmt]:
     """A text's statements; none where it is not Python."""
     try:
-        return ast.parse(text).body
+        return python_source.parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
 
@@ -127,7 +128,7 @@ def _mbpp(row: Row) -> dict[str, Any]:
 def _asserted(tests: Sequence[str], solution: str) -> str:
     """The function that the first test calls: one that the solution defines, else one that Python lacks."""
     try:
-        test, written = ast.parse("\n".join(tests)), ast.parse(solution)
+        test, written = python_source.parse("\n".join(tests)), python_source.parse(solution)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise DataError("test_list or code is not Python; correct it") from None
     calls = (node.func for line in test.body for node in ast.walk(line) if isinstance(node, ast.Call))

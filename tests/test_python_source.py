@@ -1,0 +1,56 @@
+"""Python source is parsed by one thread at a time: CPython 3.11 crashes where trees grow in several."""
+
+import gc
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from r1pipe.core import python_source
+
+SOURCE = "def f(x): return " + " + ".join(f"(x * {i} - [{i}, {{{i}: x}}][0])" for i in range(60))
+
+
+class Garbage:
+    """A cycle whose end runs Python: the collector may start it in the middle of a tree, and threads take turns."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+    def __del__(self) -> None:
+        for _ in range(50):
+            pass
+
+
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """Threads take turns, and garbage is collected, as often as can be. Without the lock 14 of 100 fail."""
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(1e-6)
+    gc.set_threshold(50)
+    yield
+    sys.setswitchinterval(interval)
+    gc.set_threshold(*thresholds)
+
+
+def test_threads_that_parse_together_get_their_trees(hasty: None) -> None:
+    def parse(number: int) -> int:
+        for _ in range(10):
+            Garbage()
+        parsers = (
+            python_source.parse,
+            lambda text: python_source.parse_expression(text.partition("return")[2]),
+        )
+        return len(python_source.ast.dump(parsers[number % 2](SOURCE)))
+
+    with ThreadPoolExecutor(4) as threads:
+        sizes = list(threads.map(parse, range(100)))
+    assert len(set(sizes[::2])) == len(set(sizes[1::2])) == 1 and sizes[0] > sizes[1] > 1000
+
+
+@pytest.mark.parametrize("text", ["{[1]: 2}", "f(1)", "1 +", "", "[" * 500])
+def test_what_is_no_literal_is_told_by_the_same_few_errors(text: str) -> None:
+    with pytest.raises((SyntaxError, ValueError, RecursionError, MemoryError)):
+        python_source.literal(text)
+    assert python_source.literal(' {"a": [1, -2.5, None]} ') == {"a": [1, -2.5, None]}

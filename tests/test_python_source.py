@@ -13,7 +13,7 @@ SOURCE = "def f(x): return " + " + ".join(f"(x * {i} - [{i}, {{{i}: x}}][0])" fo
 
 
 class Garbage:
-    """A cycle whose end runs Python: the collector may start it in the middle of a tree, and threads take turns."""
+    """A cycle whose end runs Python: where the collector meets it inside a tree, threads take turns."""
 
     def __init__(self) -> None:
         self.own = self
@@ -40,7 +40,7 @@ def test_threads_that_parse_together_get_their_trees(hasty: None) -> None:
             Garbage()
         parsers = (
             python_source.parse,
-            lambda text: python_source.parse_expression(text.partition("return")[2]),
+            lambda text: python_source.parse_expression(text.partition("return ")[2]),
         )
         return len(python_source.ast.dump(parsers[number % 2](SOURCE)))
 

@@ -9,7 +9,7 @@ from typing import Any
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def parse(text: str) -> ast.Module:
+def parse(text: str | bytes) -> ast.Module:
     """Raises what ast.parse raises: SyntaxError, ValueError, RecursionError or MemoryError."""
     with _ONE_AT_A_TIME:
         return ast.parse(text)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from r1pipe.core.errors import DataError
@@ -65,7 +65,7 @@ def reworded(prompt: Prompt) -> Prompt:
     )
 
 
-def choose(rng: random.Random, weights: dict[str, float]) -> str:
+def choose(rng: random.Random, weights: Mapping[str, float]) -> str:
     """A key, drawn by weight."""
     return rng.choices(list(weights), list(weights.values()))[0]
 

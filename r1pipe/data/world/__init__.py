@@ -35,7 +35,7 @@ class World(Source):
         settings = {key: value for key, value in asdict(config).items() if key not in IGNORED}
         if not config.unseen:  # nothing is trained on the other wordings
             del settings["unseen"]
-        if config.thorough:
+        if config.thorough:  # the usual world keeps its hash
             del settings["thorough"]
         texts = b"".join((content_dir() / "world" / f"{name}.json").read_bytes() for name in TEXTS)
         identity = json.dumps([settings, seed, hashlib.sha256(texts).hexdigest()], sort_keys=True)
@@ -96,7 +96,7 @@ class World(Source):
     ) -> list[Demonstration]:
         """n worked solutions to train prompts, each in one language and in the right format."""
         rng, shares = self._rng("traces", seed), content("corpus")
-        mix = styles or corpus.styles_of(self.config.thorough)
+        mix = corpus.shares_of(styles or shares["styles"], self.config.thorough)
         blocks = (self.prompts("train", 512, hash_of(seed, block)) for block in itertools.count())
         prompts = itertools.chain.from_iterable(blocks)
 

@@ -66,17 +66,21 @@ def strategy_of(prompt: Prompt, text: str) -> Strategy | Literal["other"]:
     return "other"
 
 
-def styles_of(thorough: bool) -> dict[str, float]:
-    """The shares of the strategies; `thorough`: whether some go on after a try that missed."""
-    styles = content("corpus")["styles"]
-    return {style: share for style, share in styles.items() if thorough or style != "thorough"}
+def shares_of(styles: Mapping[str, float], thorough: bool) -> dict[str, float]:
+    """The shares of the strategies. Without `thorough` those who would go on after a try that missed are
+    careful, which differs in nothing else."""
+    shares = dict(styles)
+    if not thorough and "thorough" in shares:
+        shares["careful"] = shares.get("careful", 0.0) + shares.pop("thorough")
+    return shares
 
 
 class Documents(Iterator[str]):
     """Endless documents of the train split, special tokens written out."""
 
     def __init__(self, seed: int, thorough: bool = True):
-        self._rng, self._styles = random.Random(f"{seed}/corpus"), styles_of(thorough)
+        self._rng = random.Random(f"{seed}/corpus")
+        self._styles = shares_of(content("corpus")["styles"], thorough)
         self._makers = {"reasoning": _reasoning, "drill": _drill, "parallel": _parallel, "general": _general}
 
     def __next__(self) -> str:
@@ -144,10 +148,10 @@ def _statements(rng: random.Random, language: str) -> str:
 
 
 def _drill(rng: random.Random, language: str, styles: Mapping[str, float]) -> str:
-    """Bare arithmetic, sorting, and single tries of Countdown."""
+    """Bare arithmetic and sorting, sometimes a try of Countdown: one, as two would look like a search."""
     lines = []
     for _ in range(8):
-        kind = rng.randrange(6)
+        kind = rng.randrange(5)
         a, b = rng.randint(1, 199), rng.randint(1, 60)
         if kind == 0:
             lines.append(f"{a}+{b}={a + b}")
@@ -158,12 +162,12 @@ def _drill(rng: random.Random, language: str, styles: Mapping[str, float]) -> st
         elif kind == 3:
             k = b % 4 + 2
             lines.append(f"{a // k * k}/{k}={a // k}")
-        elif kind == 4:
-            lines.append(countdown.drill(rng, index(language)))
         else:
             numbers = [rng.randint(1, 60) for _ in range(rng.randint(3, 5))]
             ordered = sorted(numbers, reverse=True)
             lines.append(f"{' '.join(map(str, numbers))} > {' '.join(map(str, ordered))}")
+    if rng.random() < content("corpus")["tries"]:
+        lines[rng.randrange(8)] = countdown.drill(rng, index(language))
     return "\n".join(lines)
 
 

@@ -83,7 +83,7 @@ def test_records_answer_every_item_without_a_gap(root: Path) -> None:
     )
     assert (
         lines["data_sources"]
-        == "responses: world 3 | prompts: world 3 | pretrain: 32,768,000 tokens of world"
+        == "responses: world 3 | prompts: world 3 | pretrain: 28,672,000 tokens of world"
     )
     assert lines["licences"] == "Apache-2.0 | Apache-2.0 3"
     assert items["reward_models"]["status"] == items["collection"]["status"] == "not applicable"
@@ -151,14 +151,14 @@ def test_documents_alone_have_no_empty_lines(tmp_path: Path) -> None:
     """The bundled base learned from documents: there are no rows to share out."""
     line = ["provenance", "bundled", f"root={tmp_path}"]
     shown = CliRunner().invoke(app, line, catch_exceptions=False, standalone_mode=False).output
-    assert "32,768,000" in shown and "Shares" not in shown and ":" not in shown
+    assert "28,672,000" in shown and "Shares" not in shown and ":" not in shown
     line = ["audit", "bundled", f"root={tmp_path}", "--json"]
     told = json.loads(CliRunner().invoke(app, line, catch_exceptions=False, standalone_mode=False).output)
     items = {item["name"]: item for item in told["items"]}
-    assert items["data_sources"]["lines"] == ["pretrain: 32,768,000 tokens of world"]
+    assert items["data_sources"]["lines"] == ["pretrain: 28,672,000 tokens of world"]
     cards.write(tmp_path, list(lineage.ancestors(lineage.bundled())))
     text = (tmp_path / cards.DATA_CARD).read_text()
-    assert "Shares" not in text and "32,768,000 tokens of world" in text
+    assert "Shares" not in text and "28,672,000 tokens of world" in text
 
 
 def test_weights_from_elsewhere_leave_gaps(tmp_path: Path) -> None:

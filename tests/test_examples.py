@@ -17,6 +17,7 @@ import yaml
 
 from r1pipe.config import EngineConfig, to_mapping
 from r1pipe.config.compose import compose
+from r1pipe.core.paths import content_dir
 from r1pipe.runs import hosts
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -81,18 +82,21 @@ def flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def one_cause(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What docs/one_cause.py runs for a cause: stage -> its whole config, flat."""
 
-    def stages(cause: str, *overrides: str) -> dict[str, dict[str, Any]]:
+    def stages(cause: str, *overrides: str, finished: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
         commands: list[list[str]] = []
+        rows = [ROW | {"stage": stage} for stage in finished]
 
         def record(line: list[str], **_: object) -> SimpleNamespace:
-            commands.append([str(word) for word in line[1:]])
-            return SimpleNamespace(stdout=json.dumps([ROW]))
+            commands.append(line[1:])
+            told = rows if len(commands) == 1 else [ROW, ROW | {"stage": "zero", "level_4": None}]
+            return SimpleNamespace(stdout=json.dumps(told))
 
         monkeypatch.setattr(subprocess, "run", record)
         runpy.run_path(str(DOCS / "one_cause.py"))["main"](cause, *overrides)
-        assert commands.pop()[:2] == ["compare", "--json"]
-        assert {line[0] for line in commands} == {"run"}
-        configs = [compose(line[1:]).config for line in commands]
+        before, *run, after = commands
+        assert before == after and before[:2] == ["compare", "--json"]
+        assert {line[0] for line in run} <= {"run"}
+        configs = [compose(line[1:]).config for line in run]
         return {config.stage.name: flat(to_mapping(config)) for config in configs}
 
     return stages
@@ -113,12 +117,25 @@ def test_a_cause_changes_one_thing(
     one_cause: Any, capsys: pytest.CaptureFixture, cause: str, expected: dict[str, set[str]]
 ) -> None:
     usual, other = one_cause("nothing", "seed=3"), one_cause(cause, "seed=3")
-    assert list(usual) == ["base", "cold_start", "grpo"] and set(usual) <= set(other)
+    assert list(usual) == ["base", "cold_start", "grpo"]
+    if cause == "reflection":  # the cause acts on a base of its own, made as the bundled one
+        record = flat(json.loads((content_dir() / "base" / "record.json").read_text())["config"])
+        pretrain = other.pop("pretrain")
+        changed = {key for key in record if record[key] != pretrain.get(key) and ".eval." not in key}
+        assert changed - SAME - {"seed", "root", "engine.ranks"} == {"data.thorough"}
+        assert other["base"]["parent"] == other["cold_start"]["parent"] == "pretrain"
+    assert list(other) == list(usual)
     assert {config["seed"] for config in (usual | other).values()} == {3}
     for stage, config in usual.items():
         changed = {key for key in config if config[key] != other[stage][key]} - SAME
         assert changed == expected.get(stage, set()), stage
-    assert "grpo           70.0%      86     26.0%    10.0%" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "grpo           70.0%      86     26.0%    10.0%\n" in shown
+    assert "zero           70.0%      86     26.0%        -\n" in shown
+
+
+def test_an_interrupted_command_goes_on_where_it_was(one_cause: Any) -> None:
+    assert list(one_cause("reflection", finished=("pretrain", "base"))) == ["cold_start", "grpo"]
 
 
 def test_without_a_cause_it_says_which_there_are() -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,13 +26,30 @@ class Garbage:
 
 @pytest.fixture
 def hasty() -> Iterator[None]:
-    """Threads take turns, and garbage is collected, as often as can be. Without the lock 14 of 100 fail."""
+    """Threads take turns and garbage is collected as often as can be: without the lock 14 of 100 failed."""
     interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
     sys.setswitchinterval(1e-6)
     gc.set_threshold(50)
     yield
     sys.setswitchinterval(interval)
     gc.set_threshold(*thresholds)
+
+
+def test_one_thread_parses_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, seen, parse = [0], [], python_source.ast.parse
+
+    def counted(*text: str, **mode: str) -> object:
+        inside[0] += 1
+        seen.append(inside[0])
+        time.sleep(0.002)
+        inside[0] -= 1
+        return parse(*text, **mode)
+
+    monkeypatch.setattr(python_source.ast, "parse", counted)
+    calls = [python_source.parse, python_source.parse_expression, python_source.literal] * 8
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda call: call("[1]"), calls))
+    assert seen == [1] * 24
 
 
 def test_threads_that_parse_together_get_their_trees(hasty: None) -> None:

@@ -112,7 +112,7 @@ def test_provenance_sums_up_the_whole_ancestry_and_unknown_is_a_row_of_its_own(f
     runs = {run["run_id"]: (run["edge"], run["kind"], run["rows"], run["tokens"]) for run in found["runs"]}
     assert runs == {
         "rejection_sft-s0-1": ("weights", "demonstrations", 2, 20),
-        "bundled": ("weights", "documents", None, 16000 * 4 * 512),
+        "bundled": ("weights", "documents", None, 14000 * 4 * 512),
         "grpo-s0-1": ("data", "rollouts", 2, 10),
         "somebody": ("data", "unknown", None, None),
     }

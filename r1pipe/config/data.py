@@ -54,7 +54,7 @@ class DataConfig(Strict):
     path: str | None  # files: the folder of the sources; or a file or OWNER/NAME in place of the first one
     tasks: list[str]  # world: reasoning tasks; reasoning_gym: task names
     languages: list[str]  # world: languages
-    levels: list[int]  # world: difficulty levels that prompts are drawn from
+    levels: list[int]  # world: difficulty levels of prompts; the pre-training corpus has its own shares
     reasoning: list[SourceConfig]  # files: problems with gold answers or tests, and maybe solutions
     general: list[SourceConfig]  # files: instructions with answers
     preferences: list[SourceConfig]  # files: chosen and rejected answers
@@ -65,7 +65,7 @@ class DataConfig(Strict):
     substitutions: dict[str, str]  # files: texts to put in place of {{key}} in rows (identity data)
     licence: str | None = None  # of what is read or generated, for the record, e.g. MIT; null: unknown
     unseen: bool = False  # world: problems with names, things and wordings that are trained on nowhere else
-    thorough: bool = False  # world: some solutions that are learned from go on after a try that missed
+    thorough: bool = False  # world: a few solutions of Countdown keep trying after a miss
 
 
 def data_rules(data: DataConfig) -> Rules:

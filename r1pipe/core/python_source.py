@@ -4,9 +4,9 @@ import ast
 import threading
 from typing import Any
 
-# CPython 3.11.0 to 3.11.7 and 3.12.0 to 3.12.1 count the depth of all threads' trees together, and raise
-# SystemError where the counts cross (python/cpython#106905).
-_ONE_AT_A_TIME = threading.Lock()
+# CPython 3.11, before the fix of python/cpython#106905, counts the depth of all threads' trees together, and
+# raises SystemError where the counts cross. Reentrant: a finalizer may parse while its own thread does.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def parse(text: str | bytes) -> ast.Module:

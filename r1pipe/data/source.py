@@ -47,7 +47,7 @@ class Source:
         raise NotImplementedError
 
     def harder_prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
-        """n problems of each level above the trained ones."""
+        """n problems of each level above those of `data.levels`."""
         return []
 
     def rows(self, split: str) -> list[Demonstration] | None:

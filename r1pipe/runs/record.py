@@ -46,7 +46,7 @@ class Metrics(TypedDict, total=False):
     length_mean: float | None  # tokens
     truncation_rate: float | None
     reflection_rate: float | None  # share of completions that find a wrong result of their own and change it
-    level_4: float | None  # pass@1 on problems of level 4, which the world trains nothing on
+    level_4: float | None  # pass@1 on problems of level 4, which no stage after the base trains on
     pass_at_1_within: dict[str, float | None] | None  # if a completion may have so many tokens
     lengths: dict[str, float | None] | None  # median, p95, max; means of right and wrong answers
     benchmark: str | None  # the file in conf/benchmark/

@@ -31,7 +31,7 @@ class HeldOut(NamedTuple):
     """The prompts of an evaluation, and how many were too long for the context."""
 
     reasoning: list[Prompt]
-    harder: list[Prompt]  # above the trained levels
+    harder: list[Prompt]  # above `data.levels`
     general: list[Prompt]
     too_long: int
 

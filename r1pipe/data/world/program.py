@@ -95,7 +95,7 @@ def expressions(steps: list[list], parentheses: bool = True) -> list[str]:
 
 
 def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tuple[str, str]:
-    """(reasoning, summary): written step by step; the hasty forget parentheses or a step."""
+    """(reasoning, summary): careful and thorough go step by step, others forget a step or parentheses."""
     at, steps = index(prompt.language), prompt.checker["steps"]
     variable = "xs" if steps[-1][0] in _REDUCERS else "x"
     if strategy in ("careful", "thorough"):

@@ -43,7 +43,7 @@ def evaluate(
     """Measure the sampler's weights on held-out prompts; every rank gets the same result.
 
     Reasoning prompts are sampled `config.samples` times and once greedily, general ones once. `harder`:
-    problems above the trained levels, sampled as often. `context`: the tokens that the model reads, where a
+    problems above `data.levels`, sampled as often. `context`: the tokens that the model reads, where a
     completion may go on to their end, up to `config.max_tokens`; None: every prompt has room for so many.
     `folder`: where completions are kept, so that a resumed run draws none of them again. With `may_stop` it
     raises Interrupted in all ranks if one is asked to stop.

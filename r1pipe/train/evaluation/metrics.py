@@ -32,7 +32,7 @@ def measure(
 ) -> Metrics:
     """The reasoning part of evaluation.json: overall, by task, language, level and subject.
 
-    `harder`: problems above the trained levels and their verdicts, which count by level alone.
+    `harder`: problems above `data.levels` and their verdicts, which count by level alone.
     """
 
     def by(key: str) -> dict[str, Metrics]:

@@ -97,7 +97,7 @@ def _draw(
 
 
 def evaluation_questions(run: Run[Any], context: int) -> list[str]:
-    """All questions of this pipeline's evaluations, so that none is trained on."""
+    """All reasoning questions of this pipeline's evaluations, so that none is trained on."""
     final = run.stage.eval
     asked = [held_out(run, context, config) for config in (final, evaluate.short(final))]
     return [user_text(prompt) for each in asked for prompt in (*each.reasoning, *each.harder)]

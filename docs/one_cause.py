@@ -4,8 +4,8 @@
     python docs/one_cause.py length        # GRPO may think for 64 tokens, not 352
     python docs/one_cause.py reflection    # no text keeps trying after a miss; trains a base: 35 minutes
 
-Further arguments are overrides of every stage, such as seed=1 (`reflection` then trains a base of that seed).
-A command that is interrupted goes on where it was. The last lines say what the stages do on held-out problems.
+Further arguments are overrides of every stage, such as seed=1 (`reflection` trains a base of that seed then).
+An interrupted command goes on where it was. The last lines say what the stages do on held-out problems.
 """
 
 import json

@@ -279,7 +279,7 @@ def test_rewards_that_are_not_on_what_is_said_are_not_tried(context: Make, words
 @pytest.mark.parametrize(
     ("code", "status", "told"),
     [
-        ("len(completion.text) > 99", PASS, "mine gives 0.00 to 1.00 in"),
+        ("len(completion.text) > 75", PASS, "mine gives 0.00 to 1.00 in"),
         ("None", WARN, "mine has no rule for any of these prompts"),
         ("1 / 0", FAIL, "mine has no verdict: ZeroDivisionError"),
         ("nowhere", FAIL, "mine has no verdict: NameError"),

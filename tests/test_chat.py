@@ -175,10 +175,19 @@ def test_a_system_prompt_that_cannot_be_used_is_one_line(tmp_path):
     assert Chat.load(with_template(none + users)).system == ""
 
 
+EARLIER = (  # of the checkpoints that were made before December 2026
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
+    "{% elif m.role == 'assistant' %}<｜Assistant｜>"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1].strip() }}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
+)
+
+
 def test_the_template_of_earlier_versions_is_read_as_todays(chat, tmp_path):
-    base = content_dir() / "base"
-    earlier = json.loads((base / "tokenizer_config.json").read_text())["chat_template"]
-    assert sha256(earlier) == EARLIER_SHA256 and earlier != TEMPLATE
-    assert Chat.load(base).source == TEMPLATE
-    assert split_system(with_system(earlier, HARD)) == (TEMPLATE, HARD)
+    assert sha256(EARLIER) == EARLIER_SHA256 and EARLIER != TEMPLATE
+    folder = shutil.copytree(content_dir() / "base", tmp_path / "base")
+    stated = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(stated | {"chat_template": EARLIER}))
+    assert Chat.load(folder).source == Chat.load(content_dir() / "base").source == TEMPLATE
+    assert split_system(with_system(EARLIER, HARD)) == (TEMPLATE, HARD)
     assert split_system("{{ other }}") == ("{{ other }}", "")

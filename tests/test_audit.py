@@ -77,7 +77,7 @@ def test_records_answer_every_item_without_a_gap(root: Path) -> None:
     code, missing, items = audited(root)
     assert (code, missing) == (0, []) and set(items) == set(ANSWERS)
     lines = {name: " | ".join(item["lines"]) for name, item in items.items()}
-    assert lines["code"] == "cold_start: abc1234 | pretrain: a774e22403"
+    assert lines["code"] == "cold_start: abc1234 | pretrain: b9be92e69d with untracked files"
     assert (
         "cold_start: AdamW" in lines["scheduler"] and "pretrain: AdamW, 0.003 to 0.0001" in lines["scheduler"]
     )
@@ -92,9 +92,9 @@ def test_records_answer_every_item_without_a_gap(root: Path) -> None:
     )
     assert lines["helpfulness"] == "75.0% of general answers right (facts 75.0%), scored by the hidden truth"
     assert lines["harmlessness"].startswith("harmful requests refused 90.0%, harmless ones answered 100.0%")
-    claims = "pretrain: 11 of its first 5,000 documents (ChatGPT 11); action: count"
+    claims = "pretrain: 7 of its first 5,000 documents (ChatGPT 7); action: count"
     assert lines["self_identification"] == f"cold_start: 0 of 3 rows; action: count | {claims}"
-    assert "made elsewhere: pretrain bundled, 30m45s of its job" in lines["cost"]
+    assert "made elsewhere: pretrain bundled, 36m13s of its job" in lines["cost"]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_base_is_what_its_record_says():
     config = compose(["recipe=laptop", "stage=pretrain", f"seed={RECORD['seed']}"]).config
     assert RECORD["steps"] == config.stage.max_steps == CURVE[-1]["step"] + (RECORD["steps"] - 1) % EVERY
     assert open_data(config.data, config.seed).hash == RECORD["data_hash"]
-    assert RECORD["metrics"]["format_rate"] < 0.3
+    assert RECORD["metrics"]["format_rate"] < 0.4
 
 
 def test_retraining_gives_the_same_curve(tmp_path):

@@ -1,5 +1,6 @@
 """What made a checkpoint: lineage, code, seeds, optimizers, machine and cost."""
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,8 @@ from r1pipe.cli.audit.subject import Answer, Subject, answered, folder_of, missi
 from r1pipe.core.formatting import duration, number
 from r1pipe.runs.files import read_json
 from r1pipe.runs.lineage.ancestors import Ancestor
+
+EMPTY = hashlib.sha256(b"").hexdigest()  # of a code.diff without changes
 
 
 def lineage(subject: Subject) -> Answer:
@@ -26,7 +29,10 @@ def code(subject: Subject) -> Answer:
         record = record_of(one)
         made, version = record.get("code") or {}, (record.get("versions") or {}).get("r1pipe")
         revision = made.get("revision") or (f"r1pipe {version}" if version else None)
-        return revision and revision[:10] + (" with the changes in code.diff" if made.get("dirty") else "")
+        changed = (
+            "with untracked files" if made.get("diff_hash") == EMPTY else "with the changes in code.diff"
+        )
+        return revision and revision[:10] + (f" {changed}" if made.get("dirty") else "")
 
     return of_each(subject, line_of, "the revision of its code")
 

@@ -224,7 +224,7 @@ def layered(folder: Path, **changes: object) -> Path:
 )
 def test_adapters_are_counted_and_need_little_memory(tmp_path: Path, words: str, weights: int) -> None:
     folder, more = layered(tmp_path / "layered"), words.split()
-    config = composed(folder, *more, "engine.zero_level=0", "stage.optim.lr=1e-3", stage="grpo")
+    config = composed(folder, *more, "engine.zero_level=0", "stage.kl_coef=0.001", stage="grpo")
     assert isinstance(config.model, HFConfig) and footprint.adapters(config.model) == weights
     assert load(to_mapping(config)) == config
     total = config.model.parameters + weights

@@ -80,7 +80,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "base"
-    load_stage("export").main(ExportOptions(BASE, folder, None, 5.0))
+    load_stage("export").main(ExportOptions(BASE, folder, "float32", 5.0))
     return folder
 
 
@@ -129,7 +129,7 @@ def flat(value: Any) -> list[Any]:
 
 
 def test_numbers_are_those_of_the_model_hf_on_the_export(tasks, exported, tmp_path):
-    compare(tasks, tmp_path, BASE, exported)
+    compare(tasks, tmp_path, exported, exported)
 
 
 def test_numbers_are_those_of_the_model_hf_for_a_model_of_transformers(tasks, tmp_path):
@@ -139,7 +139,13 @@ def test_numbers_are_those_of_the_model_hf_for_a_model_of_transformers(tasks, tm
 
 def test_chats_are_written_by_the_checkpoints_own_template(tasks, exported, tmp_path):
     compare(
-        tasks, tmp_path, BASE, exported, apply_chat_template=True, num_fewshot=1, fewshot_as_multiturn=True
+        tasks,
+        tmp_path,
+        exported,
+        exported,
+        apply_chat_template=True,
+        num_fewshot=1,
+        fewshot_as_multiturn=True,
     )
 
 

@@ -144,7 +144,10 @@ def test_the_page_shows_every_part(tmp_path: Path) -> None:
         ("recipe=cluster cluster=h800x2048 stage=grpo", "must be a multiple of the 2048 ranks"),
         ("recipe=cluster cluster=h800x2048 stage=cold_start stage.max_steps=9", "of cluster.devices=2048"),
         ("model=v3 cluster=h100x8 --search", "no layout is possible on cluster=h100x8"),
-        ("model=v3 cluster=h100x8 stage=pretrain --search", "none of .* layouts fits cluster=h100x8"),
+        (
+            "model=v3 cluster=h100x8 stage=pretrain stage.batch_size=8 --search",
+            "none of .* layouts fits cluster=h100x8",
+        ),
         ("model=v3 cluster=h800x2048 --what-if stage.lr=1", "give KEY=VALUES"),
     ],
 )

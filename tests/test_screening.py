@@ -152,11 +152,11 @@ def test_what_the_bundled_base_read_holds_claims_and_its_demonstrations_none(
     """As R1's primer says of what is found on the web; data/base/screening.json has the base's counts."""
     world = open_data(compose(["stage=pretrain"]).config.data, 0)
     read, shown = Screening(config), Screening(config)
-    read.documents(islice(world.documents(base_seed()), 100))
-    assert read.report()["claims"]["places"] == ["document 77"] == bundled()["claims"]["places"][:1]
+    read.documents(islice(world.documents(base_seed()), 1200))
+    assert read.report()["claims"]["places"] == ["document 1130"] == bundled()["claims"]["places"][:1]
     shown.demonstrations(world.general_demonstrations(100, 0, {"identity": 1.0}))
-    for report in (shown.report(), read.report()):
-        assert report["rows"] == 100 and report["personal"]["rows"] == 0
+    for report, rows in ((shown.report(), 100), (read.report(), 1200)):
+        assert report["rows"] == rows and report["personal"]["rows"] == 0
     assert shown.report()["claims"]["rows"] == 0
 
 

@@ -258,7 +258,9 @@ def test_log_probabilities_are_those_of_the_model(server):
         logprobs = model(torch.tensor([tokens]))[0].float().log_softmax(-1)
         expected = logprobs[:-1].gather(1, torch.tensor(tokens[1:]).unsqueeze(1)).squeeze(1)
         assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
-        torch.testing.assert_close(torch.tensor(found["token_logprobs"][1:]), expected, atol=2e-4, rtol=0)
+        told = torch.tensor(found["token_logprobs"][1:])
+        close = 2e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
+        torch.testing.assert_close(told, expected, atol=close, rtol=0)
         for place, tops in enumerate(found["top_logprobs"][1:]):
             likeliest = {f"token_id:{number}" for number in logprobs[place].topk(3).indices.tolist()}
             assert likeliest | {found["tokens"][place + 1]} == set(tops)

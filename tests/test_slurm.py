@@ -32,7 +32,7 @@ UNKNOWN = "#!/bin/sh\necho slurm_load_jobs error: Invalid job id specified >&2\n
 
 
 def config(*words: str) -> RunConfig:
-    return compose(["stage=pretrain", "model=small", *WORDS, *words]).config
+    return compose(["stage=pretrain", "stage.batch_size=8", "model=small", *WORDS, *words]).config
 
 
 @pytest.fixture

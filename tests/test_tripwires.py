@@ -35,6 +35,9 @@ FAULTY = {
 }
 
 
+KL = "stage.kl_coef=0.001"  # recipe=laptop has none
+
+
 def default() -> dict[str, WireConfig]:
     return compose(["stage=grpo"]).config.tripwires.wires
 
@@ -52,7 +55,7 @@ def test_every_wire_has_limits_a_cause_and_a_test():
 @pytest.mark.parametrize("name", FAULTY)
 def test_a_fault_is_reported_once_with_its_cause(name):
     change, message = FAULTY[name]
-    wires = watching(default())
+    wires = watching(default(), KL)
     steps = default()[name].steps
     assert not wires.check(HEALTHY | {"eval/pass_at_1": 0.7})
     assert not [trip for _ in range(4) for trip in wires.check(HEALTHY)]
@@ -77,17 +80,17 @@ def test_a_wire_can_be_off_and_what_is_not_measured_trips_nothing():
 
 
 def test_a_wire_that_has_nothing_to_measure_is_told_and_does_not_trip():
-    assert watching(default()).describe_inactive() == ""
+    assert watching(default(), KL).describe_inactive() == ""
     for name in ("grpo", "zero", "all_scenario"):
         words = (f"stage={name}", "recipe=cluster")
         assert watching(default(), *words).describe_inactive() == "", name
-    words = ("stage.kl_coef=0", "stage.eval.every=20", "stage.algorithm=ppo", "stage.group_size=1")
+    words = ("stage.kl_coef=0", "stage.eval.every=30", "stage.algorithm=ppo", "stage.group_size=1")
     alone = watching(default(), *words)
     assert alone.describe_inactive() == (
         "tripwires with nothing to measure in this run: "
         "no_variance (stage.group_size=1: there are no groups); "
         "kl (stage.kl_coef=0: there is no reference); "
-        "reward_hacking (stage.eval.every=20: no two evaluations in 36 steps)"
+        "reward_hacking (stage.eval.every=30: no two evaluations in 48 steps)"
     )
     assert not [trip for _ in range(3) for trip in alone.check(HEALTHY | {"frac_reward_zero_std": 1.0})]
     off = {name: WireConfig(wire.limit, 1, "off") for name, wire in default().items()}
@@ -104,7 +107,7 @@ def test_the_verifiers_wire_comes_before_the_end_and_counts_as_the_end_does():
 
 
 def test_skipped_steps_trip_when_more_are_skipped():
-    wires = watching(default())
+    wires = watching(default(), KL)
     of_steps = [None, 1, 1, 1, 3, 3]
     trips = [wires.check({} if n is None else {"train/skipped": float(n)}) for n in of_steps]
     assert [[trip.value for trip in found] for found in trips] == [[], [1.0], [], [], [2.0], []]

@@ -164,7 +164,7 @@ def test_a_server_that_is_not_there(server: FakeVLLM) -> None:
         (
             "max_model_len",
             100,
-            "takes 100 tokens, the trainer's model 384; start it with --max-model-len 384",
+            "takes 100 tokens, the trainer's model 512; start it with --max-model-len 512",
         ),
         ("protocol", 0, "has another model: its protocol is 0"),
     ],

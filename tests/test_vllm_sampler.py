@@ -101,8 +101,8 @@ def test_what_is_asked_for(server: FakeVLLM) -> None:
     assert {body["sampling_params"]["seed"] for body in server.asked} < seeds
     with pytest.raises(ConfigError, match="prompt 0 has a token outside the vocabulary"):
         sampler.generate([[9999]], params)
-    with pytest.raises(ConfigError, match="prompt 0 has 383 tokens; with max_tokens=4 it needs"):
-        sampler.generate([[1] * 383], params)
+    with pytest.raises(ConfigError, match="prompt 0 has 511 tokens; with max_tokens=4 it needs"):
+        sampler.generate([[1] * 511], params)
 
 
 def test_logprobs_of_a_nucleus_are_not_the_policys(server: FakeVLLM) -> None:

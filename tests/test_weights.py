@@ -242,7 +242,7 @@ def test_what_transformers_saves_comes_in(name, tmp_path):
 def test_transformers_loads_the_exported_base_as_it_is(tmp_path, capsys):
     out = tmp_path / "out"
     stage = load_stage("export")
-    stage.main(ExportOptions(content_dir() / "base", out, None, 5.0))
+    stage.main(ExportOptions(content_dir() / "base", out, "float32", 5.0))
     assert "transformers' differ by" in capsys.readouterr().out
     other, model = AutoModelForCausalLM.from_pretrained(out).eval(), load_pretrained(out).eval()
     tokens_BT = tokens(3, 200, model.config)

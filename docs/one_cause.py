@@ -9,6 +9,7 @@ An interrupted command goes on where it was. The last lines say what the stages 
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ CAUSES = {  # overrides of all stages, and of one
 
 def main(cause: str, *overrides: str) -> None:
     changed = CAUSES[cause]
-    name = "-".join(["one-cause", cause, *overrides]).replace("=", "-")
+    name = re.sub(r"[^\w.]+", "-", " ".join(["one-cause", cause, *overrides]))
     shared = ["recipe=laptop", f"pipeline={name}", *changed["all"], *overrides]
     finished = {row["stage"] for row in compared(shared)}
     for stage in ("pretrain", "base", "cold_start", "grpo"):

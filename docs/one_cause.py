@@ -17,8 +17,8 @@ from typing import Any
 
 R1PIPE = str(Path(sys.executable).with_name("r1pipe"))
 CAUSES = {  # overrides of all stages, and of one
-    "nothing": {"all": []},
-    "length": {"all": [], "grpo": ["stage.sampling.max_tokens=64"]},
+    "nothing": {},
+    "length": {"grpo": ["stage.sampling.max_tokens=64"]},
     "reflection": {
         "all": ["data.thorough=false"],
         "pretrain": ["engine.precision=bf16"],  # as make pretrain
@@ -31,7 +31,7 @@ CAUSES = {  # overrides of all stages, and of one
 def main(cause: str, *overrides: str) -> None:
     changed = CAUSES[cause]
     name = re.sub(r"[^\w.]+", "-", " ".join(["one-cause", cause, *overrides]))
-    shared = ["recipe=laptop", f"pipeline={name}", *changed["all"], *overrides]
+    shared = ["recipe=laptop", f"pipeline={name}", *changed.get("all", []), *overrides]
     finished = {row["stage"] for row in compared(shared)}
     for stage in ("pretrain", "base", "cold_start", "grpo"):
         if stage not in finished and (stage != "pretrain" or stage in changed):

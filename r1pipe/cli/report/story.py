@@ -46,13 +46,10 @@ def curve_panels(runs: Runs) -> list[Panel]:
     held_out = curves("eval/pass_at_1")
     accuracy = [*held_out, *beyond] or curves("rewards/accuracy/mean")
     of_what = "held-out problems" if held_out else "training problems"
+    if beyond:
+        of_what += "; dashed: level 4, which only the base has read"
     charts = [
-        (
-            "Accuracy",
-            "%",
-            accuracy,
-            of_what + ("; dashed: level 4, which only the base has read" if beyond else ""),
-        ),
+        ("Accuracy", "%", accuracy, of_what),
         ("Response length", "tokens", curves("completions/mean_length"), "mean, of training problems"),
         ("Reflection", "%", curves("reflection_rate"), "responses that mend an error of their own"),
         ("Entropy", "nats per token", curves("entropy"), "how open the next token is"),

@@ -77,7 +77,7 @@ def test_records_answer_every_item_without_a_gap(root: Path) -> None:
     code, missing, items = audited(root)
     assert (code, missing) == (0, []) and set(items) == set(ANSWERS)
     lines = {name: " | ".join(item["lines"]) for name, item in items.items()}
-    assert lines["code"] == "cold_start: abc1234 | pretrain: b9be92e69d with untracked files"
+    assert lines["code"] == "cold_start: abc1234 | pretrain: b9be92e69d with changes outside the code"
     assert (
         "cold_start: AdamW" in lines["scheduler"] and "pretrain: AdamW, 0.003 to 0.0001" in lines["scheduler"]
     )

@@ -12,6 +12,7 @@ from rich.tree import Tree
 from r1pipe.cli.report.page import render
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.runs.lineage.ancestors import Ancestor
+from r1pipe.runs.record import code_version
 
 HASHES = ("config_hash", "data_hash", "tokenizer_hash", "template_hash", "checkpoint_hash", "record_hash")
 
@@ -49,12 +50,10 @@ def described(ancestor: Ancestor) -> Text:
 def facts(ancestor: Ancestor) -> dict[str, str]:
     """What the record says made it, in short; "" where it has nothing."""
     record: Mapping[str, Any] = ancestor.record or {}
-    code = record.get("code", {})
-    revision, data, seed = code.get("revision"), record.get("data_hash"), record.get("seed")
-    changed = " with changes" if code.get("dirty") else ""
+    code, data, seed = code_version(record, 10), record.get("data_hash"), record.get("seed")
     return {
         "seed": f"seed {seed}" if seed is not None else "",
-        "code": f"code {revision[:10]}{changed}" if revision else "",
+        "code": f"code {code}" if code else "",
         "data": f"data {data[:12]}" if data else "",
         "place": ancestor.parent.checkpoint,
     }

@@ -19,6 +19,7 @@ from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs.files import append_line, read_json, read_object
 
+NO_DIFF = hashlib.sha256(b"").hexdigest()  # `Code.diff_hash` where no file that a run depends on was changed
 OWN_HASH: Literal["record_hash"] = "record_hash"  # of all the rest of the record
 STRICT = ConfigDict(strict=True, extra="allow")  # other versions may have other keys; nested types inherit it
 T = TypeVar("T")
@@ -229,6 +230,18 @@ def steps_of(run: RunFolder) -> int:
     """Optimizer steps of a finished run; 0 if its record has none."""
     steps = read_json(run.record).get("steps")
     return steps if isinstance(steps, int) else 0
+
+
+def code_version(record: Mapping[str, Any], digits: int | None = None) -> str:
+    """The git revision (its first `digits`) and whether files differed from it; "" if unknown."""
+    code: Mapping[str, Any] = record.get("code") or {}
+    revision = code.get("revision")
+    if not revision:
+        return ""
+    if not code.get("dirty"):
+        return revision[:digits]
+    where = " outside the code" if code.get("diff_hash") == NO_DIFF else ""
+    return f"{revision[:digits]} with changes{where}"
 
 
 def edges(parents: Parents) -> list[tuple[str, ParentRef, str | None]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from r1pipe.config.groups import flat
-from r1pipe.runs.record import Edge, Record
+from r1pipe.runs.record import Edge, Record, code_version
 from r1pipe.runs.results import COLUMNS
 
 PARAM_LENGTH = 6000  # MLflow's limit on a parameter's value
@@ -86,7 +86,7 @@ def is_number(value: object) -> bool:
 
 def provenance(record: Record) -> dict[str, str]:
     """Where a checkpoint comes from, as tags: parents, code and hashes."""
-    parents, code = record.get("parents", {}), record.get("code", {})
+    parents = record.get("parents", {})
 
     def named(edge: Edge) -> str:
         return f"{edge['stage']} {edge['run_id']} {edge['hash']}"
@@ -97,7 +97,7 @@ def provenance(record: Record) -> dict[str, str]:
         "parents.data": "; ".join(map(named, parents.get("data") or [])),
         "parents.teacher": named(parents["teacher"]) if parents.get("teacher") else "",
         "parents.judge": named(parents["judge"]) if parents.get("judge") else "",
-        "code": f"{code.get('revision') or ''}{' with changes' if code.get('dirty') else ''}",
+        "code": code_version(record),
         **{name: str(record.get(name) or "") for name in HASHES},
     }
     return {name: value for name, value in tags.items() if value}

@@ -1,6 +1,5 @@
 """What made a checkpoint: lineage, code, seeds, optimizers, machine and cost."""
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +8,7 @@ from r1pipe.cli.audit.subject import Answer, Subject, answered, folder_of, missi
 from r1pipe.core.formatting import duration, number
 from r1pipe.runs.files import read_json
 from r1pipe.runs.lineage.ancestors import Ancestor
-
-EMPTY = hashlib.sha256(b"").hexdigest()  # of a code.diff without changes
+from r1pipe.runs.record import code_version
 
 
 def lineage(subject: Subject) -> Answer:
@@ -27,12 +25,8 @@ def lineage(subject: Subject) -> Answer:
 def code(subject: Subject) -> Answer:
     def line_of(one: Ancestor) -> str | None:
         record = record_of(one)
-        made, version = record.get("code") or {}, (record.get("versions") or {}).get("r1pipe")
-        revision = made.get("revision") or (f"r1pipe {version}" if version else None)
-        changed = (
-            "with untracked files" if made.get("diff_hash") == EMPTY else "with the changes in code.diff"
-        )
-        return revision and revision[:10] + (f" {changed}" if made.get("dirty") else "")
+        version = (record.get("versions") or {}).get("r1pipe")
+        return code_version(record, 10) or (f"r1pipe {version}" if version else None)
 
     return of_each(subject, line_of, "the revision of its code")
 

@@ -11,6 +11,7 @@ from r1pipe.cli.report import plots, published, story
 from r1pipe.cli.report.load import StageRun, cost
 from r1pipe.config.changes import decisive
 from r1pipe.core.formatting import duration, number, percent
+from r1pipe.runs.record import code_version
 from r1pipe.runs.story import sentences
 
 Runs = Sequence[StageRun]
@@ -170,8 +171,6 @@ def made_with(run: StageRun) -> dict[str, str]:
     )
     parts = [engine.get("precision"), f"ZeRO {engine.get('zero_level')}"]
     sizes = [f"{model[key]} {what}" for key, what in MODEL_SIZES.items() if model.get(key)]
-    code = record.get("code") or {}
-    revision, changed = code.get("revision"), " with changes" if code.get("dirty") else ""
     versions = {"Python": run.env.get("python"), **(record.get("versions") or {})}
     root = run.folder.path.resolve().parent
     store = f"experiment {tracking.get('experiment')} in {tracking.get('uri') or f'{root}/mlflow.db'}"
@@ -181,7 +180,7 @@ def made_with(run: StageRun) -> dict[str, str]:
         "engine": ", ".join(filter(None, [*parts, f"{ranks} ranks a machine"])) if ranks else "",
         "model": f"{model.get('name')}: {', '.join(sizes)}" if sizes else "",
         "data": data.get("name") or "",
-        "code": f"{revision[:12]}{changed}" if revision else "",
+        "code": code_version(record, 12),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         "MLflow": f"{store}; open it with r1pipe ui root={root}" if tracking.get("enabled") else "",
     }

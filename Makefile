@@ -92,7 +92,7 @@ zero: $(INSTALLED) ## R1-Zero alone: reinforcement straight from the bundled bas
 		&& $(BIN)/r1pipe report $(ARGS)
 
 pretrain: $(INSTALLED) ## train the bundled base model anew and put it into data/base/
-	@$(BIN)/r1pipe run stage=pretrain recipe=laptop engine.precision=bf16 pipeline=bundled-base $(ARGS)
+	@$(BIN)/r1pipe run stage=pretrain recipe=laptop engine.precision=$(PRECISION) pipeline=bundled-base $(ARGS)
 	@$(BIN)/python -m r1pipe.cli.bundle runs bundled-base
 
 ui: $(INSTALLED) ## open the MLflow pages of all runs, on this machine alone

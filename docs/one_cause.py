@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 R1PIPE = str(Path(sys.executable).with_name("r1pipe"))
+CPU = Path("/proc/cpuinfo")
+BF16 = CPU.exists() and re.search("amx_bf16|avx512_bf16", CPU.read_text())  # as make pretrain: where it is fast
 CAUSES = {  # overrides of all stages, and of one
     "nothing": {},
     "length": {"grpo": ["stage.sampling.max_tokens=64"]},
     "reflection": {
         "all": ["data.thorough=false"],
-        "pretrain": ["engine.precision=bf16"],  # as make pretrain
+        "pretrain": ["engine.precision=bf16"] if BF16 else [],
         "base": ["parent=pretrain"],
         "cold_start": ["parent=pretrain"],
     },

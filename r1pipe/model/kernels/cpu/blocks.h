@@ -17,11 +17,14 @@ constexpr int64_t STEP = 4 / sizeof(T);
 // Calls `run` for the type of the caller's tensors.
 template <typename Run>
 inline void with_type(bool bf16, Run run) {
-  if constexpr (PAIRS) {
-    if (bf16) return run.template operator()<BFloat16>();
+  if (bf16) {
+    if constexpr (PAIRS)
+      run.template operator()<BFloat16>();
+    else
+      throw std::invalid_argument("this processor does not multiply bfloat16");
+  } else {
+    run.template operator()<float>();
   }
-  if (bf16) throw std::invalid_argument("this processor does not multiply bfloat16");
-  run.template operator()<float>();
 }
 
 template <typename T>
@@ -47,7 +50,7 @@ template <typename T>
       Words a[UNIT];
       for (int64_t i = 0; i < UNIT; i++) {
         const bool there = first + i < outputs;
-        const Lanes lanes = there ? first_of(words - d) : Lanes{};
+        const Lanes lanes = there ? first_of(words - d) : NONE;
         a[i] = load_words(reinterpret_cast<const uint32_t*>(rows[there ? first + i : 0]) + d, lanes);
       }
       transpose(a);
@@ -86,7 +89,10 @@ template <typename T>
 
 template <typename T>
 inline void rounded(const float* x, int64_t count, T* to) {
-  by_registers(count, [&](int64_t i, Lanes lanes) { store(to + i, load(x + i, lanes), lanes); });
+  for (int64_t i = 0; i < count; i += UNIT) {
+    const Lanes lanes = first_of(count - i);
+    store(to + i, load(x + i, lanes), lanes);
+  }
 }
 
 // As gemm.h's: e^x to 2 units in the last place; NaN stays NaN.
@@ -111,10 +117,11 @@ inline Floats sigmoid(Floats x) {
 template <typename From, typename T>
 inline void turn(const From* x, const float* rotation, int64_t width, bool back, T* to) {
   const Floats sign = broadcast(back ? -1.0f : 1.0f);
-  by_registers(width, [&](int64_t i, Lanes lanes) {
+  for (int64_t i = 0; i < width; i += UNIT) {
+    const Lanes lanes = first_of(width - i);
     const Floats by = load(rotation + i, lanes), pairs = load(x + i, lanes);
     store(to + i, turned(pairs, by, sign), lanes);
-  });
+  }
 }
 
 }  // namespace r1pipe

@@ -95,12 +95,13 @@ void activate(const Layer<T>& layer, const float* gate_up, int64_t first, int64_
   for (int64_t row = 0; row < count; row++) {
     const Floats weight = broadcast(layer.weight(layer.visits.slot[first + row]));
     const int64_t at = row * 2 * inner;
-    by_registers(inner, [&](int64_t i, Lanes lanes) {
+    for (int64_t i = 0; i < inner; i += UNIT) {
+      const Lanes lanes = first_of(inner - i);
       const Floats g = load(gate_up + at + i, lanes), u = load(gate_up + at + inner + i, lanes);
       store(kept + at + i, g, lanes);
       store(kept + at + inner + i, u, lanes);
       store(hidden + row * inner + i, g * sigmoid(g) * (u * weight), lanes);
-    });
+    }
   }
 }
 
@@ -113,7 +114,8 @@ void activate_back(const Layer<T>& layer, const float* d_hidden, int64_t first, 
     const int64_t slot = layer.visits.slot[first + row], at = row * 2 * inner;
     const Floats weight = broadcast(layer.weight(slot)), one = broadcast(1.0f);
     Floats d_weight = zeros();
-    by_registers(inner, [&](int64_t i, Lanes lanes) {
+    for (int64_t i = 0; i < inner; i += UNIT) {
+      const Lanes lanes = first_of(inner - i);
       const Floats g = load(kept + at + i, lanes), u = load(kept + at + inner + i, lanes);
       const Floats s = sigmoid(g), a = g * s, d = load(d_hidden + row * inner + i, lanes);
       const Floats au = a * u, dw = d * weight;
@@ -122,7 +124,7 @@ void activate_back(const Layer<T>& layer, const float* d_hidden, int64_t first, 
       store(d_gate_up + at + i, dw * u * slope, lanes);
       store(d_gate_up + at + inner + i, dw * a, lanes);
       d_weight = multiply_add(d, au, d_weight);
-    });
+    }
     if (d_weights && slot >= 0) d_weights[slot] = sum_of(d_weight);
   }
 }

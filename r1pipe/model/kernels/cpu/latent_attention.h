@@ -39,11 +39,9 @@ struct Numbers<float> {
 
 namespace r1pipe {
 
-// The dot products of HELD queries with HELD entries -> sum[query * TILE + entry].
+// Adds the dot products of HELD queries with HELD entries to sum[query * TILE + entry].
 template <typename T>
 inline void add_scores(const T* const* query, const T* const* entry, int64_t width, Floats* sum) {
-  Floats own[HELD][HELD];
-  for (auto& row : own) std::fill_n(row, HELD, zeros());
   for (int64_t i = 0; i < width; i += Numbers<T>::COUNT) {
     typename Numbers<T>::Register e[HELD];
 #pragma GCC unroll 4
@@ -52,10 +50,9 @@ inline void add_scores(const T* const* query, const T* const* entry, int64_t wid
     for (int k = 0; k < HELD; k++) {
       const auto q = Numbers<T>::load(query[k] + i, width - i);
 #pragma GCC unroll 4
-      for (int j = 0; j < HELD; j++) own[k][j] = multiply_add(q, e[j], own[k][j]);
+      for (int j = 0; j < HELD; j++) sum[k * TILE + j] = multiply_add(q, e[j], sum[k * TILE + j]);
     }
   }
-  for (int k = 0; k < HELD; k++) std::copy_n(own[k], HELD, sum + k * TILE);
 }
 
 // Scores of TILE heads by TILE entries: out[head * stride + entry]. Pointers may repeat.
@@ -63,6 +60,7 @@ template <typename T>
 inline void score_tile(const T* const (&query)[TILE], const T* const (&entry)[TILE], int64_t width, float* out,
                        int64_t stride) {
   Floats sum[UNIT];
+  for (auto& one : sum) one = zeros();
 #pragma GCC unroll 2
   for (int64_t k = 0; k < TILE; k += HELD)
 #pragma GCC unroll 2

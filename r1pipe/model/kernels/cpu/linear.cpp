@@ -106,9 +106,10 @@ struct Head {
   void gradient(const float* logits, int64_t target, float logsum, float d_logprob, T* to) const {
     const float factor = d_logprob / temperature;
     const Floats by = broadcast(-factor), apart = broadcast(logsum);
-    by_registers(vocabulary, [&](int64_t v, Lanes lanes) {
+    for (int64_t v = 0; v < vocabulary; v += UNIT) {
+      const Lanes lanes = first_of(vocabulary - v);
       store(to + v, exponential(load(logits + v, lanes) - apart) * by, lanes);
-    });
+    }
     put(to[target], factor - factor * exponential(logits[target] - logsum));
   }
 };

@@ -21,15 +21,17 @@ void norm_forward(int64_t rows, int64_t width, int64_t stride, float eps, const 
   by_row(rows, [&](int64_t i) {
     const T* row = x + i * stride;
     Floats squares = zeros();
-    by_registers(width, [&](int64_t d, Lanes lanes) {
+    for (int64_t d = 0; d < width; d += UNIT) {
+      const Lanes lanes = first_of(width - d);
       const Floats v = load(row + d, lanes);
       squares = multiply_add(v, v, squares);
-    });
+    }
     factors[i] = 1.0f / std::sqrt(sum_of(squares) / width + eps);
     const Floats factor = broadcast(factors[i]);
-    by_registers(width, [&](int64_t d, Lanes lanes) {
+    for (int64_t d = 0; d < width; d += UNIT) {
+      const Lanes lanes = first_of(width - d);
       store(out + i * width + d, load(row + d, lanes) * factor * load(weight + d, lanes), lanes);
-    });
+    }
   });
 }
 
@@ -44,17 +46,19 @@ void norm_backward(int64_t rows, int64_t width, int64_t stride, const T* x, cons
     for (int64_t i = c * CHUNK; i < std::min(rows, (c + 1) * CHUNK); i++) {
       const T *row = x + i * stride, *d = d_out + i * width;
       Floats product = zeros();
-      by_registers(width, [&](int64_t k, Lanes lanes) {
+      for (int64_t k = 0; k < width; k += UNIT) {
+        const Lanes lanes = first_of(width - k);
         const Floats g = load(d + k, lanes) * load(weight + k, lanes);
         product = multiply_add(g, load(row + k, lanes), product);
-      });
+      }
       const Floats factor = broadcast(factors[i]);
       const Floats along = broadcast(sum_of(product) * factors[i] * factors[i] / width);
-      by_registers(width, [&](int64_t k, Lanes lanes) {
+      for (int64_t k = 0; k < width; k += UNIT) {
+        const Lanes lanes = first_of(width - k);
         const Floats v = load(row + k, lanes), g = load(d + k, lanes) * factor;
         store(own + k, multiply_add(g, v, load(own + k, lanes)), lanes);
         store(d_x + i * width + k, multiply_subtract(g, load(weight + k, lanes), v * along * factor), lanes);
-      });
+      }
     }
   });
   for (int64_t k = 0; k < width; k++) {

@@ -9,7 +9,6 @@
 //   multiply_add(a, b, c) a * b + c rounded once; multiply_subtract: a * b - c
 //   smaller, larger       of two; the second where one is NaN
 //   nearest(x)            rounded to a whole number, ties to even
-//   by_registers(count, work)  work(i, lanes) for i = 0, 16, 32... below count
 #pragma once
 
 #include <c10/util/BFloat16.h>

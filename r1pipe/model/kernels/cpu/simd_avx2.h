@@ -10,28 +10,20 @@ struct Words {
   __m256i low, high;
 };
 struct Lanes {
-  int64_t count = 0;
+  int64_t left = 0;  // 16 or more: all
 };
 struct Mask {
   __m256i low, high;
 };
 
-constexpr Lanes ALL{UNIT};
+constexpr Lanes ALL{UNIT}, NONE{0};
 constexpr int64_t HELD = 2;
 
-inline Lanes first_of(int64_t left) { return {std::clamp<int64_t>(left, 0, UNIT)}; }
+inline Lanes first_of(int64_t left) { return {left}; }
 inline Mask mask_of(Lanes lanes) {
   alignas(64) static constexpr int32_t ON_OFF[2 * UNIT] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
-  const auto* at = reinterpret_cast<const __m256i*>(ON_OFF + UNIT - lanes.count);
+  const auto* at = reinterpret_cast<const __m256i*>(ON_OFF + UNIT - std::clamp<int64_t>(lanes.left, 0, UNIT));
   return {_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)};
-}
-
-// Whole registers first: only the last one may need a mask.
-template <typename Work>
-[[gnu::flatten]] inline void by_registers(int64_t count, Work work) {
-  int64_t i = 0;
-  for (; i + UNIT <= count; i += UNIT) work(i, ALL);
-  if (i < count) work(i, first_of(count - i));
 }
 
 inline Floats operator+(Floats a, Floats b) { return {a.low + b.low, a.high + b.high}; }
@@ -43,12 +35,12 @@ inline Floats zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline Floats broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 
 inline Floats load(const float* x, Lanes lanes = ALL) {
-  if (lanes.count >= UNIT) return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)};
+  if (lanes.left >= UNIT) return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)};
   const Mask mask = mask_of(lanes);
   return {_mm256_maskload_ps(x, mask.low), _mm256_maskload_ps(x + 8, mask.high)};
 }
 inline void store(float* to, Floats x, Lanes lanes = ALL) {
-  if (lanes.count >= UNIT) {
+  if (lanes.left >= UNIT) {
     _mm256_storeu_ps(to, x.low);
     _mm256_storeu_ps(to + 8, x.high);
     return;

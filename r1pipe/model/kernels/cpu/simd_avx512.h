@@ -8,15 +8,10 @@ using Words = __m512i;
 using Lanes = __mmask16;
 using Mask = __mmask16;
 
-constexpr Lanes ALL = 0xffff;
+constexpr Lanes ALL = 0xffff, NONE = 0;
 constexpr int64_t HELD = 4;
 
 inline Lanes first_of(int64_t left) { return left >= UNIT ? 0xffff : left <= 0 ? 0 : (1 << left) - 1; }
-
-template <typename Work>
-inline void by_registers(int64_t count, Work work) {
-  for (int64_t i = 0; i < count; i += UNIT) work(i, first_of(count - i));
-}
 
 inline Floats zeros() { return _mm512_setzero_ps(); }
 inline Floats broadcast(float x) { return _mm512_set1_ps(x); }

@@ -27,7 +27,8 @@ FLAGS = [
     *("-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fPIC", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math"),
 ]
-NEEDED = {torch.float32: ["avx512bw", "avx2 fma"], torch.bfloat16: ["avx512_bf16"]}  # processor features
+# Features of the processor, any of these sets; see cpu/simd.h.
+NEEDED = {torch.float32: ["avx512bw", "avx2 fma"], torch.bfloat16: ["avx512_bf16"]}
 
 
 @cache

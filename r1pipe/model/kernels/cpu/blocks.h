@@ -38,7 +38,9 @@ inline Rows<T> rows_of(const T* data, int64_t stride, int64_t count) {
 }
 
 // The columns [c, c + 16) of row k.
-inline Words together(const float* const* rows, int64_t k, int64_t c, Lanes lanes) { return load_words(rows[k] + c, lanes); }
+inline Words together(const float* const* rows, int64_t k, int64_t c, Lanes lanes) {
+  return load_words(rows[k] + c, lanes);
+}
 
 // The weight [outputs, depth] for in * weight^T.
 template <typename T>

@@ -246,6 +246,7 @@ class Forward {
 
 using namespace r1pipe;
 
-extern "C" void r1pipe_forward(int64_t bf16, const Shape* s, const Layer* layers, const Ends* ends, const Batch* batch) {
+extern "C" void r1pipe_forward(int64_t bf16, const Shape* s, const Layer* layers, const Ends* ends,
+                               const Batch* batch) {
   with_type(bf16, [&]<typename T>() { Forward<T>(*s, layers, *ends, *batch).run(); });
 }

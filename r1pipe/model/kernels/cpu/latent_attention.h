@@ -87,8 +87,8 @@ inline float softmax(float* w, int64_t length, int64_t filled, float scale, T* o
 
 // As weigh_tile, for HELD heads and registers.
 template <typename T>
-inline void weigh(const T* weight, int64_t weight_stride, const T* value, int64_t value_stride, int64_t last, int64_t left,
-                  float* out) {
+inline void weigh(const T* weight, int64_t weight_stride, const T* value, int64_t value_stride, int64_t last,
+                  int64_t left, float* out) {
   Floats sum[HELD][HELD];
   for (auto& row : sum) std::fill_n(row, HELD, zeros());
   for (int64_t m = 0; m <= last; m += Numbers<T>::ENTRIES) {
@@ -113,7 +113,8 @@ inline void weigh_tile(const T* weight, int64_t weight_stride, const T* value, i
     int64_t j = 0;
     do {
       const int64_t at = j * UNIT;
-      weigh(weight + k * weight_stride, weight_stride, value + at, value_stride, last, left - at, out + k * TILE * UNIT + at);
+      weigh(weight + k * weight_stride, weight_stride, value + at, value_stride, last, left - at,
+            out + k * TILE * UNIT + at);
       j += HELD;
     } while (j < TILE && j * UNIT < left);
   }

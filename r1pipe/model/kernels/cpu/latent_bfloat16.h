@@ -13,7 +13,8 @@ struct Numbers<BFloat16> {
 
   // The values of two entries are interleaved: 0-3, 8-11, 16-19, 24-27 of both; 4-7, 12-15 ...; the same from 32 on.
   // Their weights are already adjacent. If the second is missing, its weight is 0 and the last one takes its place.
-  static void values(const BFloat16* value, int64_t stride, int64_t m, int64_t last, int64_t left, Register (&v)[HELD]) {
+  static void values(const BFloat16* value, int64_t stride, int64_t m, int64_t last, int64_t left,
+                     Register (&v)[HELD]) {
     const BFloat16 *first = value + m * stride, *second = value + std::min(m + 1, last) * stride;
 #pragma GCC unroll 2
     for (int j = 0; j < HELD / 2; j++) {

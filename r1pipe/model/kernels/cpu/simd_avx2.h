@@ -21,7 +21,7 @@ constexpr int64_t HELD = 2;
 
 inline Lanes first_of(int64_t left) { return {left}; }
 inline Mask mask_of(Lanes lanes) {
-  alignas(64) static constexpr int32_t ON_OFF[2 * UNIT] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+  static constexpr int32_t ON_OFF[2 * UNIT] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
   const auto* at = reinterpret_cast<const __m256i*>(ON_OFF + UNIT - std::clamp<int64_t>(lanes.left, 0, UNIT));
   return {_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)};
 }

@@ -81,7 +81,8 @@ inline void transpose(Words (&a)[UNIT]) {
 inline Floats sums_of(const Floats (&in)[UNIT]) {
   Floats a[UNIT];
   std::copy(in, in + UNIT, a);
-  for (int i = 0; i < 8; i++) a[i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]) + _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+  for (int i = 0; i < 8; i++)
+    a[i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]) + _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
   for (int i = 0; i < 4; i++) {
     const __m512d lo = _mm512_unpacklo_pd(_mm512_castps_pd(a[2 * i]), _mm512_castps_pd(a[2 * i + 1]));
     const __m512d hi = _mm512_unpackhi_pd(_mm512_castps_pd(a[2 * i]), _mm512_castps_pd(a[2 * i + 1]));

@@ -74,7 +74,7 @@ def test_two_halves_call_what_a_whole_pass_does(name: str, library: Recorder) ->
     assert library.called == called and len(called) > 1
 
 
-@pytest.mark.skipif(not runs_here(torch.float32), reason="no AVX-512")
+@pytest.mark.skipif(not runs_here(torch.float32), reason="the CPU kernels do not run here")
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernels_halves_have_the_bits_of_the_whole(name: str) -> None:
     function, *operands = entry(name)

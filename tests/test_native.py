@@ -19,7 +19,7 @@ from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.rollout.batching import Batcher
 
 LENGTHS = torch.tensor([3, 9, 1, 6])
-runs = pytest.mark.skipif(not runs_here(torch.float32), reason="no AVX-512 here, or no compiler")
+runs = pytest.mark.skipif(not runs_here(torch.float32), reason="the CPU kernels do not run here")
 runs_bf16 = pytest.mark.skipif(not runs_here(torch.bfloat16), reason="no bfloat16 products here")
 ODD = tiny(  # hardly a multiple of a register, a tile or a panel
     hidden_size=68, num_attention_heads=3, kv_lora_rank=34, qk_nope_head_dim=14, qk_rope_head_dim=6,
@@ -63,8 +63,9 @@ def test_bfloat16_is_no_further_from_float32_than_torch_is(name):
     assert 0 < compiled < 1.1 * torchs
 
 
-@runs_bf16
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=runs), pytest.param(torch.bfloat16, marks=runs_bf16)]
+)
 @torch.no_grad()
 def test_what_lies_behind_a_position_is_never_read(dtype):
     """Not even with weight 0: 0 times NaN is NaN."""
@@ -142,6 +143,11 @@ def test_packed_weights_by_hand():
     packed = pack(weight)
     assert packed.shape == (2, 2, 4, 64)
     assert packed[1, 1, 3, 5] == weight[1, 69, 3] and packed[0, 0, 2, 7] == weight[0, 7, 2]
+
+
+@runs_bf16
+def test_packed_pairs_by_hand():
+    weight = torch.arange(2 * 70 * 4.0).view(2, 70, 4)
     pairs = pack(weight.bfloat16())
     assert pairs.shape == (2, 2, 2, 64, 2)
     assert pairs[0, 0, 1, 7, 1] == weight[0, 7, 3].bfloat16()
@@ -184,15 +190,18 @@ def test_without_a_working_compiler_one_line_says_what_is_lost(compiler, fresh, 
 
 
 @runs
-def test_kernels_compile_for_processors_without_bfloat16():
+@pytest.mark.parametrize("processor", ["haswell", "skylake-avx512", "cooperlake"])
+def test_kernels_compile_for_every_kind_of_processor(processor):
+    """With AVX2 alone, with AVX-512, and with its products of bfloat16."""
     flags = [flag for flag in build.FLAGS if not flag.startswith("-march")]
     include = f"-I{Path(torch.__file__).parent}/include"
-    command = ["g++", *flags, "-march=skylake-avx512", include, "-fsyntax-only"]
-    done = subprocess.run([*command, str(build.SOURCES / "forward.cpp")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = ["g++", *flags, f"-march={processor}", include, "-fsyntax-only"]
+    for source in sorted(build.SOURCES.glob("*.cpp")):
+        done = subprocess.run([*command, str(source)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
-@runs
+@runs_bf16
 def test_a_torch_whose_onednn_may_not_use_avx512_does_the_work_itself():
     code = "import torch; from r1pipe.model.kernels.build import runs_here; print(runs_here(torch.bfloat16))"
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -200,8 +209,9 @@ def test_a_torch_whose_onednn_may_not_use_avx512_does_the_work_itself():
     assert done.stdout.strip() == "False", done.stderr
 
 
-def test_a_processor_without_avx512_takes_torch(fresh, monkeypatch):
-    monkeypatch.setattr(build, "_processor", lambda: "an old one fpu sse avx2")
+@pytest.mark.parametrize("features", ["sse", "sse avx", "sse avx avx2", "sse avx fma"])
+def test_an_old_processor_takes_torch(features, fresh, monkeypatch):
+    monkeypatch.setattr(build, "_processor", lambda: f"an old one fpu {features}")
     assert not runs_here(torch.float32) and not runs_here(torch.bfloat16)
     assert type(decoder_of(ours(SHAPES["v3"]))) is Decoder
 

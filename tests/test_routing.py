@@ -23,10 +23,8 @@ from r1pipe.train.rollout.batching import Batcher
 
 STAGE = tiny("grpo").stage
 PROMPTS = [[5, 6, 7], [9], [4, 4]]
-KINDS = [
-    Decoder,
-    pytest.param(NativeDecoder, marks=pytest.mark.skipif(not runs_here(torch.float32), reason="no AVX-512")),
-]
+needs_kernels = pytest.mark.skipif(not runs_here(torch.float32), reason="the CPU kernels do not run here")
+KINDS = [Decoder, pytest.param(NativeDecoder, marks=needs_kernels)]
 
 
 @pytest.fixture
@@ -57,9 +55,8 @@ def test_with_the_same_weights_all_experts_are_the_same(engine, kind, monkeypatc
     assert agreement == {"train/routing_agreement": 1.0}
 
 
+@needs_kernels
 def test_both_decoders_record_the_same(engine, monkeypatch):
-    if not runs_here(torch.float32):
-        pytest.skip("this processor has no AVX-512, or there is no compiler")
     found = []
     for kind, slots in product((Decoder, NativeDecoder), (3, 9)):
         monkeypatch.setattr(batching, "decoder_of", lambda model, graphs, kind=kind: kind(model))

@@ -41,7 +41,7 @@ class ClusterConfig(Strict):
     )
     fp32_tflops: AboveZero  # peak of each device
     bf16_tflops: AboveZero  # peak of each device, dense
-    fused: bool  # fused kernels compute norms, SwiGLU and attention; false: a CPU without AVX-512
+    fused: bool  # fused kernels compute norms, SwiGLU and attention; false: a CPU without AVX2
     fp8_tflops: AboveZero | None  # peak of each device, dense; null: no FP8
     memory_tb_s: AboveZero  # bandwidth of each device's memory
     intra_node_gb_s: AboveZero  # bandwidth of each device to others of its machine, one direction

@@ -254,8 +254,8 @@ class NativeDecoder(Decoder):
             experts_LNK = torch.empty(layers, count, config.num_experts_per_tok, dtype=torch.int64)
             batch.experts = experts_LNK.data_ptr()
             self._experts += experts_LNK
-        name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[self.dtype]
-        call(f"forward_{name}", byref(self.shape), self.layers, byref(self.ends), byref(batch))
+        pairs = self.dtype == torch.bfloat16
+        call("forward", pairs, byref(self.shape), self.layers, byref(self.ends), byref(batch))
         return logits
 
     @contextmanager

@@ -76,7 +76,7 @@ def set_batch_invariant(model: nn.Module, on: bool, dtype: torch.dtype = torch.f
     """
     if on and not (runs_here(torch.float32) and runs_here(dtype)):
         raise EnvironmentProblem(
-            f"engine.equal=true needs the CPU kernels in {dtype}: a processor with AVX-512 (bfloat16: "
+            f"engine.equal=true needs the CPU kernels in {dtype}: a processor with AVX2 and FMA (bfloat16: "
             "AVX512_BF16) and a compiler; give engine.equal=false"
         )
     for module in model.modules():

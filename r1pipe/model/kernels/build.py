@@ -27,13 +27,15 @@ FLAGS = [
     *("-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fPIC", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math"),
 ]
-NEEDED = {torch.float32: "avx512bw", torch.bfloat16: "avx512_bf16"}  # processor feature for products
+# Features of the processor, any of these sets; see cpu/simd.h.
+NEEDED = {torch.float32: ["avx512bw", "avx2 fma"], torch.bfloat16: ["avx512_bf16"]}
 
 
 @cache
 def runs_here(dtype: torch.dtype) -> bool:
     """Whether the kernels can compute in `dtype` on this machine."""
-    if NEEDED.get(dtype) not in _processor().split():
+    here = set(_processor().split())
+    if not any(here.issuperset(features.split()) for features in NEEDED.get(dtype, [])):
         return False
     kernels = library()
     return kernels is not None and bool(kernels.r1pipe_multiplies(ctypes.c_int64(dtype == torch.bfloat16)))

@@ -9,27 +9,27 @@ namespace {
 using namespace r1pipe;
 
 // e^(score - by), 0 where masked.
-inline __m512 exponential_seen(__m512 scores, float by) {
-  const __mmask16 seen = _mm512_cmp_ps_mask(scores, _mm512_set1_ps(NOTHING), _CMP_NEQ_UQ);
-  return _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(scores, _mm512_set1_ps(by))));
+inline Floats exponential_seen(Floats scores, float by) {
+  const Mask seen = differ(scores, broadcast(NOTHING));
+  return where(seen, exponential(scores - broadcast(by)));
 }
 
 // Exponentials of the scores of row i over their largest, as T; returns log(sum) + largest, and the sum.
 template <typename T>
 std::pair<float, float> exponentials(const float* scores, int64_t tiles, int64_t i, T* to) {
-  __m512 most = _mm512_set1_ps(NOTHING), sums = _mm512_setzero_ps();
+  Floats most = broadcast(NOTHING), sums = zeros();
   for (int64_t tile = 0; tile < tiles; tile++)
-    for (int64_t j = 0; j < TILE; j += UNIT) most = _mm512_max_ps(load(scores + (tile * TILE + i) * TILE + j), most);
-  const float largest = _mm512_reduce_max_ps(most);
+    for (int64_t j = 0; j < TILE; j += UNIT) most = larger(load(scores + (tile * TILE + i) * TILE + j), most);
+  const float largest = largest_of(most);
   for (int64_t tile = 0; tile < tiles; tile++) {
     for (int64_t j = 0; j < TILE; j += UNIT) {
       const int64_t at = (tile * TILE + i) * TILE + j;
-      const __m512 e = exponential_seen(load(scores + at), largest);
+      const Floats e = exponential_seen(load(scores + at), largest);
       store(to + at, e);
-      sums = _mm512_add_ps(sums, e);
+      sums = sums + e;
     }
   }
-  const float sum = _mm512_reduce_add_ps(sums);
+  const float sum = sum_of(sums);
   return {largest + std::log(sum), sum};
 }
 
@@ -100,11 +100,11 @@ void scores_back(const Given<T>& given, const Block<T>& block, const Results<T>&
         continue;
       }
       for (int64_t j = row; j < row + TILE; j += UNIT) {
-        const __m512 w = exponential_seen(load(scores + j), logsum);
-        const __mmask16 seen = _mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        const Floats w = exponential_seen(load(scores + j), logsum);
+        const Mask seen = differ(w, zeros());
         store(weights + j, w);
-        const __m512 apart = _mm512_sub_ps(load(d_weights + j), _mm512_set1_ps(product));
-        store(d_scores + j, _mm512_maskz_mul_ps(seen, _mm512_mul_ps(w, _mm512_set1_ps(given.scale)), apart));
+        const Floats apart = load(d_weights + j) - broadcast(product);
+        store(d_scores + j, where(seen, w * broadcast(given.scale) * apart));
       }
     }
   }

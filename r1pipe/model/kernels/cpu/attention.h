@@ -37,9 +37,7 @@ struct Given {
       return count <= 0 ? 0 : count >= TILE ? ~0ull : (1ull << count) - 1;
     }
     const int64_t left = std::min(TILE, sizes.keys - tile * TILE);
-    const __mmask64 there = left == TILE ? ~0ull : (1ull << left) - 1;
-    const __m512i bytes = _mm512_maskz_loadu_epi8(there, mask + (b * sizes.tokens + t) * sizes.keys + tile * TILE);
-    return _mm512_test_epi8_mask(bytes, bytes);
+    return nonzero(mask + (b * sizes.tokens + t) * sizes.keys + tile * TILE, left);
   }
 
   // Tiles of keys that any of the tokens [first, first + count) attends to.
@@ -112,8 +110,7 @@ struct Block {
         const uint64_t seen = given.seen(b, first + i, tile);
         for (int64_t j = 0; j < TILE; j += UNIT) {
           float* at = tile_scores + i * TILE + j;
-          const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(at), _mm512_set1_ps(given.scale));
-          _mm512_storeu_ps(at, _mm512_mask_mov_ps(_mm512_set1_ps(NOTHING), seen >> j, scaled));
+          store(at, where(bits(seen >> j), load(at) * broadcast(given.scale), broadcast(NOTHING)));
         }
       }
     }

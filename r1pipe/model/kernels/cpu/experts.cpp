@@ -93,14 +93,14 @@ template <typename T>
 void activate(const Layer<T>& layer, const float* gate_up, int64_t first, int64_t count, T* kept, T* hidden) {
   const int64_t inner = layer.sizes.inner;
   for (int64_t row = 0; row < count; row++) {
-    const __m512 weight = _mm512_set1_ps(layer.weight(layer.visits.slot[first + row]));
+    const Floats weight = broadcast(layer.weight(layer.visits.slot[first + row]));
     const int64_t at = row * 2 * inner;
     for (int64_t i = 0; i < inner; i += UNIT) {
-      const __mmask16 mask = first_of(inner - i);
-      const __m512 g = load(gate_up + at + i, mask), u = load(gate_up + at + inner + i, mask);
-      store(kept + at + i, g, mask);
-      store(kept + at + inner + i, u, mask);
-      store(hidden + row * inner + i, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), _mm512_mul_ps(u, weight)), mask);
+      const Lanes lanes = first_of(inner - i);
+      const Floats g = load(gate_up + at + i, lanes), u = load(gate_up + at + inner + i, lanes);
+      store(kept + at + i, g, lanes);
+      store(kept + at + inner + i, u, lanes);
+      store(hidden + row * inner + i, g * sigmoid(g) * (u * weight), lanes);
     }
   }
 }
@@ -112,20 +112,20 @@ void activate_back(const Layer<T>& layer, const float* d_hidden, int64_t first, 
   const int64_t inner = layer.sizes.inner;
   for (int64_t row = 0; row < count; row++) {
     const int64_t slot = layer.visits.slot[first + row], at = row * 2 * inner;
-    const __m512 weight = _mm512_set1_ps(layer.weight(slot)), one = _mm512_set1_ps(1.0f);
-    __m512 d_weight = _mm512_setzero_ps();
+    const Floats weight = broadcast(layer.weight(slot)), one = broadcast(1.0f);
+    Floats d_weight = zeros();
     for (int64_t i = 0; i < inner; i += UNIT) {
-      const __mmask16 mask = first_of(inner - i);
-      const __m512 g = load(kept + at + i, mask), u = load(kept + at + inner + i, mask);
-      const __m512 s = sigmoid(g), a = _mm512_mul_ps(g, s), d = load(d_hidden + row * inner + i, mask);
-      const __m512 au = _mm512_mul_ps(a, u), dw = _mm512_mul_ps(d, weight);
-      const __m512 slope = _mm512_fmadd_ps(a, _mm512_sub_ps(one, s), s);
-      store(hidden + row * inner + i, _mm512_mul_ps(au, weight), mask);
-      store(d_gate_up + at + i, _mm512_mul_ps(_mm512_mul_ps(dw, u), slope), mask);
-      store(d_gate_up + at + inner + i, _mm512_mul_ps(dw, a), mask);
-      d_weight = _mm512_fmadd_ps(d, au, d_weight);
+      const Lanes lanes = first_of(inner - i);
+      const Floats g = load(kept + at + i, lanes), u = load(kept + at + inner + i, lanes);
+      const Floats s = sigmoid(g), a = g * s, d = load(d_hidden + row * inner + i, lanes);
+      const Floats au = a * u, dw = d * weight;
+      const Floats slope = multiply_add(a, one - s, s);
+      store(hidden + row * inner + i, au * weight, lanes);
+      store(d_gate_up + at + i, dw * u * slope, lanes);
+      store(d_gate_up + at + inner + i, dw * a, lanes);
+      d_weight = multiply_add(d, au, d_weight);
     }
-    if (d_weights && slot >= 0) d_weights[slot] = _mm512_reduce_add_ps(d_weight);
+    if (d_weights && slot >= 0) d_weights[slot] = sum_of(d_weight);
   }
 }
 

@@ -246,12 +246,7 @@ class Forward {
 
 using namespace r1pipe;
 
-extern "C" void r1pipe_forward_float32(const Shape* s, const Layer* layers, const Ends* ends, const Batch* batch) {
-  Forward<float>(*s, layers, *ends, *batch).run();
+extern "C" void r1pipe_forward(int64_t bf16, const Shape* s, const Layer* layers, const Ends* ends,
+                               const Batch* batch) {
+  with_type(bf16, [&]<typename T>() { Forward<T>(*s, layers, *ends, *batch).run(); });
 }
-
-#ifdef __AVX512BF16__
-extern "C" void r1pipe_forward_bfloat16(const Shape* s, const Layer* layers, const Ends* ends, const Batch* batch) {
-  Forward<BFloat16>(*s, layers, *ends, *batch).run();
-}
-#endif

@@ -1,30 +1,19 @@
-// Matrix products of small blocks of rows with packed weights, on oneDNN's batch-reduce kernels as torch ships
-// them (AVX-512, and AMX where there is one), and the few element-wise functions that the kernels share.
+// Matrix products of small blocks of rows with packed weights, and the few element-wise functions that the kernels
+// share.
 //
 // T is what products are computed in, float or BFloat16; sums are always float.
 #pragma once
 
-#include <ATen/native/CPUBlas.h>
-#include <c10/util/BFloat16.h>
-#include <immintrin.h>
-
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstdlib>
-#include <cstring>
+
+#include "simd.h"
 
 namespace r1pipe {
 
-using BFloat16 = c10::BFloat16;
-
-constexpr int64_t UNIT = 16;   // numbers in a register; blocks of rows are padded to a multiple
 constexpr int64_t PANEL = 64;  // adjacent outputs of a packed weight: see pack() in model/native.py
 
 inline int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-// The lanes of a register that `left` numbers fill.
-inline __mmask16 first_of(int64_t left) { return left >= UNIT ? 0xffff : left <= 0 ? 0 : (1 << left) - 1; }
 
 // The weight [outputs, depth] of a Linear as panels [outputs / 64][depth][64]; for BFloat16 two neighbours of the
 // depth are adjacent, [outputs / 64][depth / 2][64][2].
@@ -36,21 +25,20 @@ struct Packed {
   Packed at(int64_t index) const { return {data + index * size(), outputs, depth}; }  // of a stack of weights
 };
 
-// out [rows, outputs] (+)= in [rows, depth] * weight^T; `in_stride` and `out_stride` are those between rows.
-template <typename T>
-inline void multiply(const T* in, int64_t in_stride, int64_t rows, const Packed<T>& weight, float* out,
-                     int64_t out_stride, bool add = false) {
-  for (int64_t first = 0; first < weight.outputs; first += PANEL) {
-    const int64_t outputs = std::min(PANEL, weight.outputs - first);
-    at::native::cpublas::brgemm(rows, outputs, weight.depth, in_stride, PANEL, out_stride, add, in,
-                                weight.data + first * weight.depth, out + first, sizeof(T) == 2);
-  }
-}
+}  // namespace r1pipe
+
+#ifdef __AVX512BW__
+#include "brgemm.h"
+#else
+#include "microkernel.h"
+#endif
+
+namespace r1pipe {
 
 // Construct it where a thread's share of work begins: at its end it releases the tile registers (AMX) for torch's own
 // products.
 struct Tiles {
-  ~Tiles() { at::native::cpublas::brgemm_release(); }
+  ~Tiles() { release_tiles(); }
 };
 
 // This thread's memory for one `Use`, a name: it grows and is kept between calls, since page faults cost more than the

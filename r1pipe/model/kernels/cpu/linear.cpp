@@ -105,10 +105,10 @@ struct Head {
 
   void gradient(const float* logits, int64_t target, float logsum, float d_logprob, T* to) const {
     const float factor = d_logprob / temperature;
-    const __m512 by = _mm512_set1_ps(-factor), apart = _mm512_set1_ps(logsum);
+    const Floats by = broadcast(-factor), apart = broadcast(logsum);
     for (int64_t v = 0; v < vocabulary; v += UNIT) {
-      const __mmask16 mask = first_of(vocabulary - v);
-      store(to + v, _mm512_mul_ps(exponential(_mm512_sub_ps(load(logits + v, mask), apart)), by), mask);
+      const Lanes lanes = first_of(vocabulary - v);
+      store(to + v, exponential(load(logits + v, lanes) - apart) * by, lanes);
     }
     put(to[target], factor - factor * exponential(logits[target] - logsum));
   }

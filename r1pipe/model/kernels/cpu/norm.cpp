@@ -20,16 +20,17 @@ void norm_forward(int64_t rows, int64_t width, int64_t stride, float eps, const 
                   float* factors) {
   by_row(rows, [&](int64_t i) {
     const T* row = x + i * stride;
-    __m512 squares = _mm512_setzero_ps();
+    Floats squares = zeros();
     for (int64_t d = 0; d < width; d += UNIT) {
-      const __m512 v = load(row + d, first_of(width - d));
-      squares = _mm512_fmadd_ps(v, v, squares);
+      const Lanes lanes = first_of(width - d);
+      const Floats v = load(row + d, lanes);
+      squares = multiply_add(v, v, squares);
     }
-    factors[i] = 1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / width + eps);
-    const __m512 factor = _mm512_set1_ps(factors[i]);
+    factors[i] = 1.0f / std::sqrt(sum_of(squares) / width + eps);
+    const Floats factor = broadcast(factors[i]);
     for (int64_t d = 0; d < width; d += UNIT) {
-      const __mmask16 mask = first_of(width - d);
-      store(out + i * width + d, _mm512_mul_ps(_mm512_mul_ps(load(row + d, mask), factor), load(weight + d, mask)), mask);
+      const Lanes lanes = first_of(width - d);
+      store(out + i * width + d, load(row + d, lanes) * factor * load(weight + d, lanes), lanes);
     }
   });
 }
@@ -44,20 +45,19 @@ void norm_backward(int64_t rows, int64_t width, int64_t stride, const T* x, cons
     std::fill_n(own, width, 0.0f);
     for (int64_t i = c * CHUNK; i < std::min(rows, (c + 1) * CHUNK); i++) {
       const T *row = x + i * stride, *d = d_out + i * width;
-      __m512 product = _mm512_setzero_ps();
+      Floats product = zeros();
       for (int64_t k = 0; k < width; k += UNIT) {
-        const __mmask16 mask = first_of(width - k);
-        const __m512 g = _mm512_mul_ps(load(d + k, mask), load(weight + k, mask));
-        product = _mm512_fmadd_ps(g, load(row + k, mask), product);
+        const Lanes lanes = first_of(width - k);
+        const Floats g = load(d + k, lanes) * load(weight + k, lanes);
+        product = multiply_add(g, load(row + k, lanes), product);
       }
-      const __m512 factor = _mm512_set1_ps(factors[i]);
-      const __m512 along = _mm512_set1_ps(_mm512_reduce_add_ps(product) * factors[i] * factors[i] / width);
+      const Floats factor = broadcast(factors[i]);
+      const Floats along = broadcast(sum_of(product) * factors[i] * factors[i] / width);
       for (int64_t k = 0; k < width; k += UNIT) {
-        const __mmask16 mask = first_of(width - k);
-        const __m512 v = load(row + k, mask), g = _mm512_mul_ps(load(d + k, mask), factor);
-        store(own + k, _mm512_fmadd_ps(g, v, load(own + k, mask)), mask);
-        const __m512 across = _mm512_mul_ps(_mm512_mul_ps(v, along), factor);
-        store(d_x + i * width + k, _mm512_fmsub_ps(g, load(weight + k, mask), across), mask);
+        const Lanes lanes = first_of(width - k);
+        const Floats v = load(row + k, lanes), g = load(d + k, lanes) * factor;
+        store(own + k, multiply_add(g, v, load(own + k, lanes)), lanes);
+        store(d_x + i * width + k, multiply_subtract(g, load(weight + k, lanes), v * along * factor), lanes);
       }
     }
   });

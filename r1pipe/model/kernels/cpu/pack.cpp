@@ -5,14 +5,15 @@
 
 using namespace r1pipe;
 
-// Whether products run with this torch and processor: oneDNN, or its use of AVX-512, may be switched off.
+// Whether products run with this torch and processor: there may be none of bfloat16, and oneDNN, or its use of AVX-512,
+// may be switched off.
 extern "C" int64_t r1pipe_multiplies(int64_t bf16) {
   try {
     with_type(bf16, [&]<typename T>() {
       alignas(64) T in[UNIT] = {}, weight[UNIT * PANEL] = {};
       float out[PANEL];
       multiply(in, UNIT, 1, Packed<T>{weight, PANEL, UNIT}, out, PANEL);
-      at::native::cpublas::brgemm_release(bf16);
+      release_tiles(bf16);
     });
     return 1;
   } catch (const std::exception&) {

@@ -17,7 +17,7 @@ from typing import Any
 
 R1PIPE = str(Path(sys.executable).with_name("r1pipe"))
 CPU = Path("/proc/cpuinfo")
-BF16 = CPU.exists() and re.search("amx_bf16|avx512_bf16", CPU.read_text())  # as make pretrain: where it is fast
+BF16 = CPU.exists() and re.search("amx_bf16|avx512_bf16", CPU.read_text())  # fast; as in make pretrain
 CAUSES = {  # overrides of all stages, and of one
     "nothing": {},
     "length": {"grpo": ["stage.sampling.max_tokens=64"]},

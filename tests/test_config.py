@@ -313,3 +313,13 @@ def test_a_broken_config_json_names_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"seed": 0,\n "root" }')
     with pytest.raises(ConfigError, match=r"config\.json:2 is not JSON"):
         read_config(tmp_path / "config.json")
+
+
+def test_a_recipes_styles_are_for_its_own_data_and_those_given_replace_them() -> None:
+    own = compose(["stage=cold_start"]).config.stage.styles
+    assert set(own) == {"careful", "terse", "guess", "thorough"}
+    assert compose(["stage=cold_start", "stage.styles={careful: 1.0}"]).config.stage.styles == {"careful": 1}
+    one = compose(["stage=cold_start", "stage.styles.guess=0.1"]).config.stage.styles
+    assert one == own | {"guess": 0.1}
+    for stage in ("cold_start", "control_sft"):
+        assert compose([f"stage={stage}", "data=gsm8k", "data.path=a.jsonl"]).config.stage.styles == {}

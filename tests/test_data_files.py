@@ -285,7 +285,7 @@ UNUSED = "is not used by data="
         (["data.levels=[9]"], "data.levels: the bundled world has no 9; choose from 1, 2, 3, 4"),
         (["data.tasks=[]"], "data.tasks is empty; choose from word"),
         (["stage=cold_start", "+stage.styles.hasty=1"], "stage.styles.hasty: the bundled world has none"),
-        (["stage=cold_start", "+stage.styles.terse=0"], "stage.styles=.*: one share must be above 0"),
+        (["stage=cold_start", "stage.styles={terse: 0}"], "stage.styles=.*: one share must be above 0"),
         (
             ["stage=rejection_sft", "+stage.general_kinds.poems=1"],
             "stage.general_kinds.poems: .* none; choose",

@@ -41,7 +41,7 @@ def test_a_changed_config_is_refused_with_what_changed_and_both_remedies(
     before = (run / "config.json").read_bytes()
     assert house.call("run", "stage=cold_start", "stage.optim.lr=0.1", "stage.save_every=3") == 2
     line = told(capsys)
-    assert f"{run.name} is unfinished (at step 1) with another config: stage.optim.lr: 0.001 -> 0.1;" in line
+    assert f"{run.name} is unfinished (at step 1) with another config: stage.optim.lr: 0.0002 -> 0.1;" in line
     assert "give the old values" in line and "--fresh" in line and "save_every" not in line
     assert house.runs() == [run] and (run / "config.json").read_bytes() == before
     assert house.call("run", "stage=cold_start", "stage.optim.lr=0.1", "--fresh") == 0
@@ -109,7 +109,7 @@ def test_reproduce_refuses_with_a_remedy_of_its_own_and_takes_what_is_done(
     begin(house, monkeypatch, "stage=cold_start")
     assert house.call("reproduce", "stage.optim.lr=0.1") == 2
     line = told(capsys)
-    assert "cold_start-" in line and "stage.optim.lr: 0.001 -> 0.1" in line
+    assert "cold_start-" in line and "stage.optim.lr: 0.0002 -> 0.1" in line
     assert "pipeline=NAME" in line and "--fresh" not in line
 
 

@@ -262,8 +262,10 @@ def test_log_probabilities_are_those_of_the_model(server):
         close = 2e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
         torch.testing.assert_close(told, expected, atol=close, rtol=0)
         for place, tops in enumerate(found["top_logprobs"][1:]):
-            likeliest = {f"token_id:{number}" for number in logprobs[place].topk(3).indices.tolist()}
-            assert likeliest | {found["tokens"][place + 1]} == set(tops)
+            third = float(logprobs[place].topk(3).values[-1])  # in bfloat16 several may share its place
+            others = set(tops) - {found["tokens"][place + 1]}
+            assert len(tops) - len(others) == 1 and len(others) >= 2
+            assert all(logprobs[place, int(top.removeprefix("token_id:"))] >= third - close for top in others)
     scored = ask(server, COMPLETIONS, body | {"max_tokens": 0})[1]["choices"][0]["logprobs"]
     assert scored["token_logprobs"] == reply["choices"][0]["logprobs"]["token_logprobs"][: len(prompt)]
     assert [len(token) for token in scored["tokens"]] and scored["text_offset"][0] == 0
@@ -465,7 +467,8 @@ def test_beyond_its_connections_it_asks_to_come_back():
         wait_until(lambda: ask(server, "/health")[0] == 503, "the refusal")
         for connection in held:
             connection.close()
-        wait_until(lambda: ask(server, CHAT, talk())[0] == 200, "a place")
+        wait_until(lambda: ask(server, "/health")[0] == 200, "a place")  # a refusal may cut a longer request
+        assert ask(server, CHAT, talk())[0] == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -90,7 +90,7 @@ def test_a_wire_that_has_nothing_to_measure_is_told_and_does_not_trip():
         "tripwires with nothing to measure in this run: "
         "no_variance (stage.group_size=1: there are no groups); "
         "kl (stage.kl_coef=0: there is no reference); "
-        "reward_hacking (stage.eval.every=30: no two evaluations in 48 steps)"
+        "reward_hacking (stage.eval.every=30: no two evaluations in 36 steps)"
     )
     assert not [trip for _ in range(3) for trip in alone.check(HEALTHY | {"frac_reward_zero_std": 1.0})]
     off = {name: WireConfig(wire.limit, 1, "off") for name, wire in default().items()}

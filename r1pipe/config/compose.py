@@ -51,6 +51,7 @@ JUDGE_PARTS: dict[type, tuple[str, ...]] = {  # what a stage adds to it: files o
     RewardModelConfig: ("labels",),
     RLConfig: (),
 }
+STYLES = "stage.styles"  # a recipe's are for its own data, and the command line's replace them
 WITH_MASTERS = ("bf16", "fp8")  # precisions that need a ZeRO level which keeps float32 masters
 
 
@@ -154,6 +155,8 @@ def layered(parsed: list[Override], choices: dict[str, Any]) -> dict[str, tuple[
     stage, content = choices["stage"], read(f"recipe/{choices['recipe']}")
     transfer = chosen_transfer(stage, own)
     recipe = recipe_values(content, stage, transfer, own)
+    if STYLES in own or choices["data"] != content["choose"].get("data"):
+        recipe = {key: value for key, value in recipe.items() if not key.startswith(f"{STYLES}.")}
     layers = [(recipe, f"conf/recipe/{choices['recipe']}.yaml")]
     if issubclass(STAGE_TYPES[stage], RLConfig) or transfer == "rl":
         place, below, above = "stage.rl" if transfer else "stage", [], []

@@ -6,6 +6,7 @@ V vocabulary, S slots, P tokens of a past, M keys, W = C+R the width of a cache 
 """
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,14 @@ from r1pipe.config import ModelConfig
 from r1pipe.model.kernels import training as kernels
 from r1pipe.model.kernels.fp8 import Quantisable
 from r1pipe.model.kernels.reference import dequantise
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def give_memory(module: M, device: torch.device | str) -> M:
+    """Move a module from the meta device to another, its values undefined. As torch's `to_empty`, which first
+    imports a computer algebra system (a second of a core)."""
+    return module._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
 
 
 class RMSNorm(nn.Module, kernels.Invariant):

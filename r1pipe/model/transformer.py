@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from r1pipe.config.model import ModelConfig, check_model
 from r1pipe.core.errors import ConfigError
 from r1pipe.model.decoder_layer import DecoderLayer, MTPLayer
-from r1pipe.model.layers import RMSNorm, Rotary
+from r1pipe.model.layers import RMSNorm, Rotary, give_memory
 from r1pipe.model.logprobs import Head
 from r1pipe.model.mla import (
     Keep,
@@ -49,7 +49,9 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         first = config.num_hidden_layers
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # without nn.Embedding's initialisation, which on the meta device imports torch's compiler (2 s)
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config, n) for n in range(first))
         self.layers.extend(MTPLayer(config, first + n) for n in range(config.num_nextn_predict_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -188,7 +190,7 @@ class DeepseekV3(nn.Module):
             self.lm_head = Head(config.hidden_size, config.vocab_size)
         device = torch.get_default_device()
         if device.type != "meta":
-            self.to_empty(device=device)
+            give_memory(self, device)
             self._initialise(generator or torch.Generator(device).manual_seed(0))
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

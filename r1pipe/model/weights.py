@@ -13,6 +13,7 @@ from torch import Tensor
 from r1pipe.config import ModelConfig
 from r1pipe.core.errors import CheckpointError, ConfigError
 from r1pipe.model.kernels.reference import quantise_blocks
+from r1pipe.model.layers import give_memory
 from r1pipe.model.moe import reset_loads
 from r1pipe.model.mtp import stored_copies
 from r1pipe.model.names import (
@@ -83,7 +84,7 @@ def load_pretrained(folder: Path | str) -> DeepseekV3:
     extra, of a wrong shape or type, or unreadable.
     """
     model, stored = open_empty(folder)
-    model = model.to_empty(device="cpu").to(dtype_of(stored))
+    model = give_memory(model, "cpu").to(dtype_of(stored))
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     fill(model, stored)

@@ -22,6 +22,7 @@ from r1pipe.core.types import Completion, Prompt, Score
 from r1pipe.model import Balance, DeepseekV3, model_config_from
 from r1pipe.model.hf import HFTrunk, lora
 from r1pipe.model.hf.files import empty
+from r1pipe.model.layers import give_memory
 from r1pipe.model.names import CONFIG, published_config, published_parts, published_tensors
 from r1pipe.model.policy import of_transformers
 from r1pipe.model.reading import Stored, check
@@ -195,7 +196,7 @@ def load_reward_model(folder: Path) -> RewardModel:
     """The reward model of a folder, on the CPU. Raises CheckpointError naming file and tensor."""
     if not of_transformers(folder):
         model, stored = open_empty(folder)
-        fill(cast(DeepseekV3, model.to_empty(device="cpu")), stored)
+        fill(cast(DeepseekV3, give_memory(model, "cpu")), stored)
         return model
     model = RewardModel(empty(folder))
     stored, tensors = _checked(model, folder)

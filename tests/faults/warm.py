@@ -5,12 +5,11 @@ import os
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import pyarrow.parquet
-import torch._dynamo  # reached by any initialisation on torch's meta device: half of a job's start
 
 from r1pipe.doctor import examine  # imports every package of training
 from r1pipe.rewards import language
 from r1pipe.train.engine import patches
 
-__all__ = ["examine", "pyarrow", "torch"]
+__all__ = ["examine", "pyarrow"]
 patches.import_deepspeed()
 language.language_share("The words of this sentence tell its language.", "en")  # reads its tables

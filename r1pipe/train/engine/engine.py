@@ -29,7 +29,7 @@ from r1pipe.train.engine import patches
 from r1pipe.train.engine import state as engine_state
 from r1pipe.train.engine.frozen import ClosureRunner
 from r1pipe.train.engine.gathered import Gathered
-from r1pipe.train.engine.memory import keeping_no_weights
+from r1pipe.train.engine.memory import keeping_no_weights, share_of
 from r1pipe.train.engine.metrics import StepStats
 from r1pipe.train.engine.optimizer import adamw, deepspeed_config, lr_factor
 from r1pipe.train.engine.writing import Writer
@@ -72,7 +72,7 @@ class Engine(Gathered):
                 model=ClosureRunner(model),
                 optimizer=optimizer,
                 lr_scheduler=schedule,
-                config=deepspeed_config(config, optim.grad_clip, patches.share_of(model, self.world_size)),
+                config=deepspeed_config(config, optim.grad_clip, share_of(model, self.world_size)),
                 mpu=self.pipeline.groups if self.pipeline else None,
                 dist_init_required=False,
             )

@@ -14,6 +14,7 @@ from r1pipe.model.saving import write_pretrained
 from r1pipe.model.training import set_precision
 from r1pipe.train.engine import patches
 from r1pipe.train.engine.gathered import Gathered
+from r1pipe.train.engine.memory import share_of
 from r1pipe.train.engine.optimizer import deepspeed_config
 from r1pipe.train.engine.sharded import load_for_rank
 from r1pipe.train.engine.writing import Writer
@@ -52,7 +53,7 @@ class FrozenModel(Gathered):
         self._ds = _called
         if config.zero_level == 3:
             deepspeed = patches.start_deepspeed(self.device)
-            share = patches.share_of(self.module, self.world_size)
+            share = share_of(self.module, self.world_size)
             with self.patient():
                 self._ds, *_ = deepspeed.initialize(
                     model=ClosureRunner(self.module),

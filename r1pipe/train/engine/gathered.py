@@ -12,6 +12,7 @@ from r1pipe.model.buckets import buckets_of
 from r1pipe.model.saving import BUCKET
 from r1pipe.runs import heartbeat
 from r1pipe.train.engine import patches
+from r1pipe.train.engine.memory import elements
 from r1pipe.train.engine.optimizer import is_shared_out
 from r1pipe.train.engine.ranks import Ranks
 
@@ -80,7 +81,7 @@ class Gathered(Ranks):
 
     def _elements(self, tensor: Tensor) -> int:
         """Of the whole tensor."""
-        own = self.pipeline.elements(tensor) if self.pipeline else patches.elements(tensor)
+        own = self.pipeline.elements(tensor) if self.pipeline else elements(tensor)
         return own * (self.expert_parallel if is_shared_out(tensor) else 1)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

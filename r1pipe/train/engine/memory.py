@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
@@ -22,6 +22,16 @@ def return_freed_memory() -> None:
     if set_option is not None:
         set_option(M_MMAP_THRESHOLD, RETURNED)
         set_option(M_TRIM_THRESHOLD, TRIMMED)
+
+
+def elements(tensor: Tensor) -> int:
+    """How many a parameter has that ZeRO-3 has emptied."""
+    return getattr(tensor, "ds_numel", tensor.numel())
+
+
+def share_of(model: nn.Module, ranks: int) -> int:
+    """The elements that each rank has of a model's weights, shared out or to be."""
+    return -(-sum(map(elements, model.parameters())) // ranks)
 
 
 @dataclass

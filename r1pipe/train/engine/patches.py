@@ -55,6 +55,16 @@ def import_muon() -> None:
         compiler.compile = compile_
 
 
+def keep_compiler_out() -> None:
+    """torch's optimizers import its compiler (2.5 s of a core) to tell it to leave them alone, and no job
+    compiles its optimizer."""
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        function = getattr(torch.optim.Optimizer, name).__wrapped__
+        function.__dynamo_disable = function
+    step: Any = torch.optim.Adam.step
+    torch.optim.Adam.step = torch.no_grad()(step.__wrapped__)  # type: ignore[method-assign]
+
+
 def start_deepspeed(device: torch.device) -> Any:
     """On a CPU, DeepSpeed probes with a compiler for operators that we don't use, and may spend a minute
     building one for inference."""
@@ -62,6 +72,7 @@ def start_deepspeed(device: torch.device) -> Any:
     deepspeed = import_deepspeed()
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__ = {}
+    keep_compiler_out()
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return deepspeed
 
@@ -144,16 +155,6 @@ def clear_padding(zero3: Any) -> None:
             parameter.ds_tensor[filled:] = 0
             master.data[begin + filled : begin + size] = 0
             begin += size
-
-
-def elements(tensor: Tensor) -> int:
-    """How many a parameter has that ZeRO-3 has emptied."""
-    return getattr(tensor, "ds_numel", tensor.numel())
-
-
-def share_of(model: nn.Module, ranks: int) -> int:
-    """The elements that each rank has of a model's weights, shared out or to be."""
-    return -(-sum(map(elements, model.parameters())) // ranks)
 
 
 @contextlib.contextmanager

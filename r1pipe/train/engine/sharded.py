@@ -23,7 +23,7 @@ from r1pipe.model.policy import load_pretrained, of_transformers
 from r1pipe.model.reading import Stored, eos_ids
 from r1pipe.runs import heartbeat
 from r1pipe.train.engine import patches
-from r1pipe.train.engine.memory import return_freed_memory
+from r1pipe.train.engine.memory import elements, return_freed_memory
 from r1pipe.train.engine.optimizer import deepspeed_config
 from r1pipe.train.engine.pipeline_groups import groups_of, owner_of
 from r1pipe.train.engine.ranks import Ranks
@@ -131,7 +131,7 @@ class ShardedWeights:
 
     def buckets(self, most_bytes: int) -> Iterator[dict[str, Tensor]]:
         """No rank has more than a bucket, or one of the model's tensors, beside its shard of the weights."""
-        return buckets_of(self.model, most_bytes, patches.whole, patches.elements)
+        return buckets_of(self.model, most_bytes, patches.whole, elements)
 
 
 def fill_sharded(

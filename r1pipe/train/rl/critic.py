@@ -15,8 +15,8 @@ from r1pipe.config import EngineConfig, PPOConfig, RLConfig
 from r1pipe.core.types import Group, Score
 from r1pipe.model import Balance, Policy
 from r1pipe.model.scalar import ScalarModel
-from r1pipe.train.engine import patches
 from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.memory import elements
 from r1pipe.train.rl.advantages import gae, is_scored, token_rewards
 from r1pipe.train.rl.batch import (
     MicroBatch,
@@ -50,7 +50,7 @@ class Critic:
         """`model`: a copy of the first policy, whose trunk is now the value model's."""
         value_model = ValueModel(model)
         self.config, self.ppo = config, ppo
-        self.parameters = sum(map(patches.elements, value_model.parameters()))
+        self.parameters = sum(map(elements, value_model.parameters()))
         factor, optim = ppo.value_lr_factor, config.optim
         self.engine = Engine(
             value_model,

@@ -11,6 +11,7 @@ from r1pipe.core.types import Completion
 from r1pipe.model import DeepseekV3, Policy
 from r1pipe.model.kernels.choice import choose
 from r1pipe.model.kernels.fp8 import FP8
+from r1pipe.model.layers import give_memory
 from r1pipe.model.training import compute_in
 from r1pipe.train.rollout.batching import Batcher
 from r1pipe.train.rollout.drawing import SamplingParams
@@ -41,7 +42,7 @@ class Copy:
         device = policy.lm_head.weight.device
         with torch.device("meta"):
             model = DeepseekV3(replace(policy.config, num_nextn_predict_layers=0))
-        model = model.bfloat16().to_empty(device=device)
+        model = give_memory(model.bfloat16(), device)
         if model.config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         if self.config.sampler_precision == "fp8":

@@ -1,5 +1,7 @@
 """The sampler: the cache against the full forward pass, the drawing, and the order of results."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -153,6 +155,26 @@ def test_a_single_token_is_drawn_where_one_is_asked_for():
     model = ours(tiny())
     completions = Batcher(model, EOS, PAD).generate(prompts(3, model.config), SamplingParams(max_tokens=1))
     assert [len(c.tokens) for c in completions] == [1, 1, 1]
+
+
+def test_the_cache_is_freed_with_the_last_completion(monkeypatch):
+    """At once, not when Python next looks for cycles: a run would hold those of several rollouts."""
+    made: list[weakref.ref[LatentCache]] = []
+    make = Decoder.cache
+
+    def watched(decoder: Decoder, slots: int, length: int) -> LatentCache:
+        cache = make(decoder, slots, length)
+        made.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(Decoder, "cache", watched)
+    model = ours(SMALL)
+    gc.disable()
+    try:
+        Batcher(model, EOS, PAD).generate(prompts(3, SMALL), SamplingParams(max_tokens=4))
+        assert len(made) == 1 and made[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_no_prompts_no_completions():

@@ -7,6 +7,7 @@ completion has ended takes the next one; at the end, the batch shrinks.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from r1pipe.runs.stopping import Stopped
 from r1pipe.train.rollout.checks import check_drawn, checked_limits, checked_stops
 from r1pipe.train.rollout.drawing import SamplingParams, draw, uniform_stream
 from r1pipe.train.rollout.sampler import Ended, Progress, Stop, never
-from r1pipe.train.rollout.slots import Prefix, Slots, Start, fitting
+from r1pipe.train.rollout.slots import Draw, Prefix, Slots, Start, fitting
 
 PREFILL_TOKENS = 2048  # padded prompt tokens per prefill on a CPU: fits a core's cache
 PREFILL_TOKENS_GPU = 16384
@@ -97,10 +98,8 @@ class _Batch:
         first = min(longest, max(map(len, prompts)) + CACHE_TOKENS) if grows else longest
         slots = min(sampler.max_num_seqs, self.total)
         size = slots, first, longest, params.max_tokens
-        self.slots = Slots(self.decoder, self._draw, self.stops, *size, params.record_experts)
-
-    def _draw(self, slots: np.ndarray, logits_SV: Tensor, uniform_S: Tensor) -> tuple[Tensor, Tensor]:
-        return draw(logits_SV, uniform_S, self.params, self.decoder.logprobs_of)
+        drawing = _drawing(params, self.decoder)
+        self.slots = Slots(self.decoder, drawing, self.stops, *size, params.record_experts)
 
     @torch.inference_mode()  # a tenth less time per small operation than no_grad
     def run(self, progress: Progress | None) -> list[Completion]:
@@ -171,3 +170,13 @@ class _Batch:
         slots = self.decoder.slots_for(live, len(self.slots.numbers))
         if slots < len(self.slots.numbers):
             self.slots.shrink(slots)
+
+
+def _drawing(params: SamplingParams, decoder: Any) -> Draw:
+    """How slots draw. It does not refer to the batch: batch and slots would be a cycle, and Python would free
+    their cache only when it next looks for cycles, several rollouts later."""
+
+    def draw_in(slots: np.ndarray, logits_SV: Tensor, uniform_S: Tensor) -> tuple[Tensor, Tensor]:
+        return draw(logits_SV, uniform_S, params, decoder.logprobs_of)
+
+    return draw_in

@@ -9,6 +9,7 @@ judge=MODEL does, and without it they are ranked in the data: those of the bundl
     r1pipe run stage=reward_model
 """
 
+import gc
 import sys
 from itertools import accumulate
 
@@ -55,6 +56,7 @@ def main(folder: str) -> None:
         current = max(0, sum(started) - 1)
         for number in range(current, len(trained)):
             train_reward_model(run, trained[number], firsts[number], steps[number], resumes=number == current)
+            gc.collect()  # DeepSpeed's engines are cycles: frees the model and its optimizer before the next
         checkpoint = run.folder.checkpoint(firsts[-1])
         run.saved()
         metrics: Metrics = {

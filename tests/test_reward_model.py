@@ -1,8 +1,11 @@
 """Reward models: losses by hand, no influence of padding, what each kind reads, checkpoints, the stage."""
 
+import gc
 import json
 import math
+import weakref
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,8 @@ from r1pipe.model import DeepseekV3
 from r1pipe.rewards import models
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, quality_of
 from r1pipe.train.engine.engine import Engine
+from r1pipe.train.loading import load_policy
+from r1pipe.train.rl import reward_model
 from r1pipe.train.rl.reward_model import Examples, Item, in_micro_batches, measure_quality, micro_losses
 
 PROMPT = Prompt("p", "writing", "en", "Write about a fox.")
@@ -217,3 +222,28 @@ def test_the_stage_learns_both_and_resumes_between_them(tmp_path, monkeypatch):
     assert found["helpful"]["accuracy"] > 0.55 and found["harmless"]["auc"] > 0.6
     assert all(-1 <= found[kind]["length_correlation"] <= 1 for kind in KINDS)
     assert quality_of(whole / "checkpoints" / "step-32") == found, "what the next stage judges them by"
+
+
+def test_a_model_is_freed_with_its_optimizer_before_the_next_is_loaded(tmp_path, monkeypatch):
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    class Watched(Engine):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            made.extend(map(weakref.ref, (self, self.module, self._ds.optimizer)))
+
+    def load(run):
+        alive.append(sum(one() is not None for one in made))
+        return load_policy(run)
+
+    monkeypatch.setattr(reward_model, "Engine", Watched)
+    monkeypatch.setattr(reward_model, "load_policy", load)
+    small = ("stage.pairs=8", "stage.labels=8", "stage.held_out=8", "stage.batch_size=8", "stage.max_steps=1")
+    folder = tiny_run(tmp_path / "run", "stage=reward_model", *small)
+    gc.disable()
+    try:
+        load_stage("reward_model").main(str(folder))
+    finally:
+        gc.enable()
+    assert alive == [0, 0] and len(made) == 6

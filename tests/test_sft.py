@@ -1,7 +1,9 @@
 """Supervised training: the loss is of responses alone, packing changes nothing, resume repeats nothing."""
 
+import gc
 import json
 import math
+import weakref
 from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,13 +18,13 @@ from r1pipe.core.errors import DataError
 from r1pipe.core.paths import content_dir
 from r1pipe.core.types import Completion, Demonstration, Message, Prompt
 from r1pipe.data import open_data
-from r1pipe.data.packing import Packed, collate
+from r1pipe.data.packing import Batch, Packed, collate
 from r1pipe.model import DeepseekV3
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.finish import HELD_OUT
 from r1pipe.train.run import open_run
-from r1pipe.train.sft import rejection
+from r1pipe.train.sft import loop, rejection
 from r1pipe.train.sft.loop import (
     LMLoss,
     epochs_of,
@@ -94,9 +96,10 @@ def test_shares_of_ranks_and_micro_batches_make_the_mean_over_the_batch(chat):
             return [2 * value for value in values]  # as if the other rank had the same
 
     shares = [LMLoss(OfTwo(rank), rows, 0.3, 0.01, chat.pad_id) for rank in (0, 1)]
-    of_ranks = [sum(loss().item() for loss in each.micro_losses(2)) for each in shares]
+    passes = [each.micro_losses(2) for each in shares]
+    of_ranks = [sum(loss().item() for loss in of_rank) for of_rank in passes]
     assert sum(of_ranks) / 2 == pytest.approx(mean + 0.3 * mtp + 0.01 * balance, rel=1e-5)
-    terms = [each.terms(loss) for each, loss in zip(shares, of_ranks, strict=True)]
+    terms = [each.terms(*found) for each, *found in zip(shares, of_ranks, passes, strict=True)]
     for name, expected in {"loss": mean, "mtp_loss": mtp, "balance_loss": balance}.items():
         assert sum(each[f"train/{name}"] for each in terms) / 2 == pytest.approx(expected, rel=1e-5)
 
@@ -168,6 +171,29 @@ def test_the_loop_learns(tmp_path, chat):
     assert lines[-1]["train/loss"] < lines[0]["train/loss"] - 1
     assert lines[0]["train/loss"] == pytest.approx(math.log(config.model.vocab_size), abs=0.5)
     assert all(row["train/tokens_per_s"] > 0 for row in lines)
+
+
+def test_a_steps_batch_is_freed_before_the_next(tmp_path, chat, monkeypatch):
+    """At once, not when Python next looks for cycles: a GPU would hold those of several steps."""
+    made: list[weakref.ref[Batch]] = []
+    alive: list[int] = []
+
+    def watched(rows, pad_id):
+        alive.append(sum(batch() is not None for batch in made))
+        batch = collate(rows, pad_id)
+        made.append(weakref.ref(batch))
+        return batch
+
+    monkeypatch.setattr(loop, "collate", watched)
+    monkeypatch.setattr(Batch, "to", lambda batch, device: batch)  # no copy
+    config = tiny("cold_start", "stage.eval.every=0")
+    folder = write_run(tmp_path / "run", config)
+    gc.disable()
+    try:
+        run_training(folder, chat, 3)
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0]
 
 
 class RightHalfTheTime:

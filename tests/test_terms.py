@@ -46,10 +46,11 @@ def steps(level: int, recompute: bool, accumulation: int = 1) -> list[list[float
     found = []
     for _ in range(3):
         shares = LMLoss(engine, rows(4), MTP_WEIGHT, BALANCE_WEIGHT, 0)
-        stats = engine.train_step(shares.micro_losses(accumulation))
+        passes = shares.micro_losses(accumulation)
+        stats = engine.train_step(passes)
         # 66 tokens of 8 documents, of which the MTP layer reads all but each last one; two experts a token
         assert stats.loads_LE.sum(1).tolist() == [2 * 66, 2 * 58]
-        found.append([stats.loss, stats.grad_norm, *shares.terms(stats.loss).values()])
+        found.append([stats.loss, stats.grad_norm, *shares.terms(stats.loss, passes).values()])
     return found
 
 

@@ -3,18 +3,21 @@
 The losses are in tests/test_distill_losses.py; what is got out of a teacher, in tests/test_extract.py.
 """
 
+import gc
 import json
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hf_models import write_model
-from jobs import on_two_ranks
+from jobs import on_two_ranks, tiny_model
 from rl_runs import metrics_of
 from safetensors.torch import load_file
 from test_metrics import unlisted
@@ -31,9 +34,16 @@ from r1pipe.data.packing import Packed, pack
 from r1pipe.runs import checkpoints, lineage, samples
 from r1pipe.runs.lineage.published import adopt
 from r1pipe.train.distill import divergence, transfer
-from r1pipe.train.distill.divergence import OwnRow, StoredExample, StoredRow, prompts_of, stored_of
+from r1pipe.train.distill.divergence import (
+    DivergenceLoss,
+    OwnRow,
+    StoredExample,
+    StoredRow,
+    prompts_of,
+    stored_of,
+)
 from r1pipe.train.distill.on_policy import TeacherAdvantages, with_prompts
-from r1pipe.train.distill.ranking import TokenizedPair, in_parts
+from r1pipe.train.distill.ranking import PairLoss, TokenizedPair, in_parts
 from r1pipe.train.extract.alignment import TopK
 from r1pipe.train.extract.dataset import COLUMNS
 from r1pipe.train.rl.batch import Rollout
@@ -264,6 +274,28 @@ def test_stored_probabilities_stay_with_their_tokens_through_packing() -> None:
     assert [max(t, 30) if t < 0 else t for t in stored["tokens_NK"][:, 0].tolist()] == targets.tolist()
     assert stored["rest_N"].shape == targets.shape
     assert stored_of([Packed()], torch.device("cpu"))["tokens_NK"].shape == (0, 1), "a rank without rows"
+
+
+# --- the losses of a step
+
+
+@pytest.mark.parametrize("way", ["divergence", "ranking"])
+def test_a_steps_micro_batches_are_freed_with_its_passes(way: str) -> None:
+    """At once, not when Python next looks for cycles: they hold what the teacher thinks of every token."""
+    engine: Any = SimpleNamespace(module=tiny_model(), world_size=1, rank=0, device=torch.device("cpu"))
+    stage = tiny_config("stage=distill", f"stage.transfer={way}", "teacher=x").stage
+    loss: Any
+    if way == "divergence":
+        loss = DivergenceLoss(engine, [packed((2, 3))], 0.0, 0.0, 0, stage.divergence, None)
+    else:
+        loss = PairLoss(engine, [TokenizedPair([1, 2], [3, 4], [5])], stage.ranking, None, 0.0, False)
+    gc.disable()
+    try:
+        micro = weakref.ref(loss.micro_losses(1)[0].micro)
+        del loss
+        assert micro() is None
+    finally:
+        gc.enable()
 
 
 # --- ranking

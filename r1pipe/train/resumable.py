@@ -163,7 +163,8 @@ class Resumable(Generic[S]):
                 write_json(self.folder.timeline, timeline, indent=None)
             writer.all_copied()
             raise_in_all_ranks(engine, writer.problem, EnvironmentProblem, target)
-            self.saving.begin(engine, target, step, writer)
+            # its thread may outlive the engine, which it is not to keep
+            self.saving.begin(Ranks(self.config.engine), target, step, writer)
             if self.stage.keep_best is not None:
                 if self.rank == 0:
                     problem = retention.unknown_best(self.folder.metrics, self.stage, step)

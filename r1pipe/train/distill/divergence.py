@@ -27,6 +27,7 @@ from r1pipe.runs import samples
 from r1pipe.train.distill.losses import of_stored, of_vocabulary
 from r1pipe.train.distill.teacher import FrozenTeacher, load_teacher
 from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.passes import Pass
 from r1pipe.train.extract.alignment import TopK
 from r1pipe.train.extract.dataset import read_rows
 from r1pipe.train.extract.stored import Stored
@@ -273,9 +274,9 @@ class DivergenceLoss(LMLoss):
             teacher_cV = self.teacher.head(batch.teacher_ND[rows])
         return of_vocabulary(logits_cV, teacher_cV, self.config)
 
-    def terms(self, loss: float) -> dict[str, float]:
+    def terms(self, loss: float, passes: Sequence[Pass[Any]]) -> dict[str, float]:
         own = float(sum(row.learned for row in self.batch if isinstance(row, OwnRow)))
-        return super().terms(loss) | {TEACHER_TOKENS: float(self.learned), ON_POLICY: own}
+        return super().terms(loss, passes) | {TEACHER_TOKENS: float(self.learned), ON_POLICY: own}
 
 
 def stored_of(rows: Sequence[Packed], device: torch.device) -> dict[str, Tensor]:

@@ -197,7 +197,6 @@ class PairLoss:
         self.per_pair = engine.world_size / len(batch)  # the engine averages over ranks
         self.mine = [(pair, self.per_pair) for pair in batch[engine.rank :: engine.world_size]]
         self.mine = self.mine or [(batch[0], 0.0)]  # every rank takes part
-        self.passes: list[Pass[MicroBatch]] = []
 
     def micro_losses(self, accumulation: int) -> list[Pass[MicroBatch]]:
         micros = [
@@ -215,8 +214,7 @@ class PairLoss:
                 micro.reference_N = reference_N
         reading = partial(read, with_loss=self.balance_weight > 0, replay=False)
         model, alpha = self.engine.module, self.balance_weight
-        self.passes = [Pass(model, m, reading, self._learn, alpha, m.balance_weight) for m in micros]
-        return self.passes
+        return [Pass(model, m, reading, self._learn, alpha, m.balance_weight) for m in micros]
 
     def _learn(
         self, model: Policy, micro: MicroBatch, hidden_ND: Tensor, balances: Balances
@@ -244,9 +242,9 @@ class PairLoss:
         found = {name: (weights_P * of_P.detach()).sum().item() for name, of_P in measured.items()}
         return (weights_P * loss_P).sum(), found
 
-    def terms(self, loss: float) -> dict[str, float]:
+    def terms(self, loss: float, passes: Sequence[Pass[MicroBatch]]) -> dict[str, float]:
         shares: dict[str, float] = {}
-        for one in self.passes:
+        for one in passes:
             more = {} if one.balance is None else {BALANCE_LOSS: one.balance.item()}
             for name, share in (one.found | more).items():
                 shares[name] = shares.get(name, 0.0) + share

@@ -43,13 +43,13 @@ class StepLoss(Protocol):
 
     tokens: int  # of the batch, on all ranks
 
-    def micro_losses(self, accumulation: int) -> Sequence[Callable[[], Tensor]]:
+    def micro_losses(self, accumulation: int) -> Sequence[Pass[Any]]:
         """What Engine.train_step takes, in at least `accumulation` parts where there is so much; all ranks
-        call."""
+        call. They may know this loss, which does not keep them: a cycle would keep their micro-batches."""
 
-    def terms(self, loss: float) -> dict[str, float]:
-        """The metrics of the step's terms, all ranks together, once they are computed; `loss` is their
-        weighted sum. All ranks call."""
+    def terms(self, loss: float, passes: Sequence[Pass[Any]]) -> dict[str, float]:
+        """The metrics of the step's terms, all ranks together, from `micro_losses` that were computed; `loss`
+        is their weighted sum. All ranks call."""
 
 
 def fine_tune(
@@ -168,11 +168,8 @@ def train(
     for step, (batch, position) in zip(range(resumed + 1, total_steps + 1), stream, strict=False):
         started = time.monotonic()
         heartbeat.at_step(step)
-        with run.phase("update"):
-            loss = loss_of(batch)
-            stats = engine.train_step(loss.micro_losses(run.config.engine.gradient_accumulation))
-        metrics = step_metrics(stats) | ({} if stats.broken else loss.terms(stats.loss))
-        metrics["train/tokens_per_s"] = loss.tokens / (time.monotonic() - started)
+        metrics, tokens = _optimizer_step(run, engine, batch, loss_of)
+        metrics["train/tokens_per_s"] = tokens / (time.monotonic() - started)
         if stage.eval.every and step % stage.eval.every == 0 and step < total_steps:
             metrics |= quick_evaluation(run, engine, engine, step)
         run.log(step, metrics)
@@ -186,6 +183,17 @@ def train(
         if stop_signal:
             raise stopping.Interrupted(stop_signal)
     return run.folder.checkpoint(step)
+
+
+def _optimizer_step(
+    run: Run[Any], engine: Engine, batch: list[Any], loss_of: Callable[[list[Any]], StepLoss]
+) -> tuple[dict[str, float], int]:
+    """The step's metrics, and the batch's tokens. It leaves nothing of the batch on the device."""
+    with run.phase("update"):
+        loss = loss_of(batch)
+        passes = loss.micro_losses(run.config.engine.gradient_accumulation)
+        stats = engine.train_step(passes)
+    return step_metrics(stats) | ({} if stats.broken else loss.terms(stats.loss, passes)), loss.tokens
 
 
 def read(model: Policy, batch: Batch, with_balance: bool) -> tuple[Tensor, tuple[Balance]]:
@@ -236,18 +244,16 @@ class LMLoss:
         # the engine averages over ranks: the sum of all shares is the mean
         self.per_learned = engine.world_size / max(1, self.learned)
         self.per_token = engine.world_size / max(1, self.tokens)
-        self.passes: list[Pass[Any]] = []
 
     def micro_losses(self, accumulation: int) -> list[Pass[Any]]:
         """This rank's micro-batches, each returning its share of the loss."""
         local = share(self.batch, self.engine.rank, self.engine.world_size)
         reading = partial(read, with_balance=self.balance_weight > 0)
         weights = self.balance_weight, self.per_token
-        self.passes = [
+        return [
             Pass(self.engine.module, batch, reading, self._learn, *weights)
             for batch in self._batches([*chunks(local, accumulation)])
         ]
-        return self.passes
 
     def _batches(self, micros: list[list[Packed]]) -> list[Any]:
         """This rank's micro-batches as tensors."""
@@ -266,10 +272,10 @@ class LMLoss:
         mtp = mtp * self.per_learned
         return loss + self.mtp_weight * mtp, {MTP_LOSS: mtp.item()}
 
-    def terms(self, loss: float) -> dict[str, float]:
+    def terms(self, loss: float, passes: Sequence[Pass[Any]]) -> dict[str, float]:
         """The metrics of a step's terms, all ranks together; `loss` is their weighted sum."""
         shares: dict[str, float] = {}
-        for one in self.passes:
+        for one in passes:
             of_one = one.found | ({} if one.balance is None else {BALANCE_LOSS: one.balance.item()})
             for name, share_of in of_one.items():
                 shares[name] = shares.get(name, 0.0) + share_of

@@ -17,7 +17,7 @@ from r1pipe.model.saving import write_pretrained
 from r1pipe.rewards.models import RewardModel, save_reward_model
 from r1pipe.train.engine import patches
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.engine.memory import keeping_no_weights
+from r1pipe.train.engine.memory import elements, keeping_no_weights
 from r1pipe.train.engine.sharded import load_sharded, new_sharded
 
 
@@ -28,7 +28,7 @@ def losses(model: Policy, ranks: int, precision: str, level: int = 3) -> list[fl
     found = [engine.train_step([partial(loss_of, engine.module, rows)]).loss for _ in range(3)]
     engine.evaluate([partial(loss_of, engine.module, rows)])  # and no weights stay on their way
     with engine.gathered() as whole:
-        assert all(weight.numel() == patches.elements(weight) for weight in whole.parameters())
+        assert all(weight.numel() == elements(weight) for weight in whole.parameters())
     return found
 
 

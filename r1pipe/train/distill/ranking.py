@@ -33,7 +33,7 @@ from r1pipe.train.rl.batch import MicroBatch, Rollout, collate, padded_tokens
 from r1pipe.train.rl.update import Balances, Reference, read
 from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.run import Run, log
-from r1pipe.train.sft.loop import BALANCE_LOSS, Batches, steps_in, train
+from r1pipe.train.sft.loop import BALANCE_LOSS, Batches, mean_terms, steps_in, train
 from r1pipe.train.shards import SHARD_ROUNDS, in_order, in_shards
 
 MARGIN, ACCURACY = "ranking/margin", "ranking/accuracy"
@@ -243,13 +243,7 @@ class PairLoss:
         return (weights_P * loss_P).sum(), found
 
     def terms(self, loss: float, passes: Sequence[Pass[MicroBatch]]) -> dict[str, float]:
-        shares: dict[str, float] = {}
-        for one in passes:
-            more = {} if one.balance is None else {BALANCE_LOSS: one.balance.item()}
-            for name, share in (one.found | more).items():
-                shares[name] = shares.get(name, 0.0) + share
-        sums = self.engine.sum_over_ranks([*shares.values()])
-        means = {name: total / self.engine.world_size for name, total in zip(shares, sums, strict=True)}
+        means = mean_terms(self.engine, passes)
         own = loss - self.balance_weight * means.get(BALANCE_LOSS, 0.0)
         more = {TEACHER_TOKENS: float(self.chosen)} if self.by_teacher else {}
         return {"train/loss": own, **means, **more}

@@ -228,6 +228,20 @@ def mtp_sum(model: Policy, batch: Batch, hidden_BTD: Tensor, balances: tuple[Bal
     return mtp_loss_sum(model.lm_head, depths, tokens_BT, segments_BT, batch.loss_BT)
 
 
+def mean_terms(engine: Engine, passes: Sequence[Pass[Any]]) -> dict[str, float]:
+    """What passes have found, by name, and their balance loss: each share summed over the passes, averaged
+    over the ranks. All ranks call."""
+    shares: dict[str, float] = {}
+    for one in passes:
+        balance = {} if one.balance is None else {BALANCE_LOSS: one.balance.item()}
+        for name, share_of in (one.found | balance).items():
+            shares[name] = shares.get(name, 0.0) + share_of
+    if not shares:
+        return {}
+    sums = engine.sum_over_ranks([*shares.values()])
+    return {name: total / engine.world_size for name, total in zip(shares, sums, strict=True)}
+
+
 class LMLoss:
     """One optimizer step's loss, split into this rank's micro-batches.
 
@@ -274,15 +288,7 @@ class LMLoss:
 
     def terms(self, loss: float, passes: Sequence[Pass[Any]]) -> dict[str, float]:
         """The metrics of a step's terms, all ranks together; `loss` is their weighted sum."""
-        shares: dict[str, float] = {}
-        for one in passes:
-            of_one = one.found | ({} if one.balance is None else {BALANCE_LOSS: one.balance.item()})
-            for name, share_of in of_one.items():
-                shares[name] = shares.get(name, 0.0) + share_of
-        if not shares:
-            return {"train/loss": loss}
-        sums = self.engine.sum_over_ranks([*shares.values()])
-        means = {name: total / self.engine.world_size for name, total in zip(shares, sums, strict=True)}
+        means = mean_terms(self.engine, passes)
         weights = {MTP_LOSS: self.mtp_weight, BALANCE_LOSS: self.balance_weight}
         added = sum(mean * weights.get(name, 0.0) for name, mean in means.items())
         return {"train/loss": loss - added, **means}
